@@ -1,0 +1,40 @@
+"""What every other package stands on: errors, units, dtypes, evidence, the strict schema base."""
+
+from basis.dtypes import DTYPES, DType, bytes_of
+from basis.errors import InfeasibleError, InputError, MoeplanError, SolverError
+from basis.evidence import Evidence, weakest
+from basis.schema import Strict, load, read_data, validate
+from basis.units import (
+    Bytes,
+    BytesPerSecond,
+    FlopPerSecond,
+    Hertz,
+    Seconds,
+    Watts,
+    format_quantity,
+    parse_quantity,
+)
+
+__all__ = [
+    "DTYPES",
+    "Bytes",
+    "BytesPerSecond",
+    "DType",
+    "Evidence",
+    "FlopPerSecond",
+    "Hertz",
+    "InfeasibleError",
+    "InputError",
+    "MoeplanError",
+    "Seconds",
+    "SolverError",
+    "Strict",
+    "Watts",
+    "bytes_of",
+    "format_quantity",
+    "load",
+    "parse_quantity",
+    "read_data",
+    "validate",
+    "weakest",
+]

@@ -1,0 +1,100 @@
+"""The strict base of every declarative model, and the one way to read a YAML or JSON file.
+
+A misspelt key is an error with the nearest valid key; all errors of a file are reported
+at once, each with its path in the file and its value.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from basis.errors import InputError
+
+
+class Strict(BaseModel):
+    """Frozen, refuses unknown keys; the docstring under a field is its documentation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+T = TypeVar("T", bound=BaseModel)
+_MAX_TEXT_BYTES = 64 * 2**20
+
+
+def read_data(path: Path) -> Any:
+    """Read a YAML or JSON file of at most 64 MiB with a safe loader.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, too large, or not valid YAML or JSON.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file -- give the path of a YAML or JSON file")
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size} bytes -- at most {_MAX_TEXT_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not valid YAML or JSON -- {error}") from error
+
+
+def validate(data: object, model: type[T], where: str) -> T:
+    """Build ``model`` from plain data.
+
+    Raises
+    ------
+    InputError
+        Lists every error of ``data`` with path, value and the nearest valid key.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected a mapping, got {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(e, model) for e in error.errors()]
+        head = f"{where}: {len(lines)} error{'s' if len(lines) > 1 else ''}"
+        raise InputError("\n  ".join([head, *lines])) from None
+
+
+def load(path: Path, model: type[T]) -> T:
+    """Read and validate one file. See `read_data` and `validate` for the errors."""
+    return validate(read_data(path), model, str(path))
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    path = ".".join(str(p) for p in error["loc"]) or "(top)"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{path}: unknown key -- {hint}"
+    if error["type"] == "missing":
+        return f"{path}: missing -- this key is required"
+    if "value_error" in error["type"]:
+        return f"{path}: {message}"
+    return f"{path}: {message} (got {error['input']!r})"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Return the valid keys of the (nested) model that ``path`` leads to."""
+    for step in path:
+        if isinstance(step, str) and step in model.model_fields:
+            inner = _models_in(model.model_fields[step].annotation)
+            if len(inner) == 1:
+                model = inner[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in get_args(annotation) for m in _models_in(part)]

@@ -1,0 +1,15 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def moeplan_data() -> Path:
+    """Folder with real traces and workloads; the test is skipped without it."""
+    folder = os.environ.get("MOEPLAN_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set MOEPLAN_DATA to the folder with the real traces to run this test")
+    return Path(folder)
