@@ -1,0 +1,129 @@
+"""Conversions lose nothing, and a bad npz is refused before it is loaded."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from basis.errors import InputError
+from traces.convert import convert, read_npz, write_npz
+from traces.routing_trace import RoutingTrace, read_trace, write_trace
+
+Make = Callable[..., RoutingTrace]
+
+
+def assert_same(a: RoutingTrace, b: RoutingTrace) -> None:
+    assert (a.meta, a.domains) == (b.meta, b.domains)
+    assert a.columns.keys() == b.columns.keys()
+    for name in a.columns:
+        assert a.columns[name].dtype == b.columns[name].dtype
+        assert np.array_equal(a.columns[name], b.columns[name])
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_round_trip_over_npz(make_trace: Make, tmp_path: Path, weights: bool) -> None:
+    trace = make_trace(weights=weights)
+    write_trace(trace, tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "b.npz")
+    convert(tmp_path / "b.npz", tmp_path / "c.parquet")
+    assert_same(trace, read_npz(tmp_path / "b.npz"))
+    assert_same(trace, read_trace(tmp_path / "c.parquet"))
+
+
+def test_jsonl_has_every_number(make_trace: Make, tmp_path: Path) -> None:
+    trace = make_trace(lengths=(3000, 2000))  # more than one block of rows
+    write_trace(trace, tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "b.jsonl")
+    head, *rows = map(json.loads, (tmp_path / "b.jsonl").read_text().splitlines())
+    assert head["schema"] == "moeplan.trace/1"
+    assert head["moe_layer_ids"] == [0, 1, 2]
+    assert [r["phase"] == "decode" for r in rows] == trace.decode.tolist()
+    assert [head["domains"].index(r["domain"]) for r in rows] == trace.domain.tolist()
+    for name in ("request_id", "position", "step", "experts", "weights"):
+        back = np.array([r[name] for r in rows], trace.columns[name].dtype)
+        assert np.array_equal(back, trace.columns[name])
+
+
+def test_jsonl_without_weights(make_trace: Make, tmp_path: Path) -> None:
+    write_trace(make_trace(weights=False), tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "b.jsonl")
+    lines = (tmp_path / "b.jsonl").read_text().splitlines()
+    assert "weights" not in json.loads(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("a.csv", "b.npz", "cannot read '.csv' -- one of .parquet, .npz"),
+        ("a.parquet", "b.txt", "cannot write '.txt' -- one of .parquet, .npz, .jsonl"),
+        ("a.parquet", "a.parquet", "same file"),
+        ("a.parquet", "absent/b.npz", "no such folder"),
+        ("absent.parquet", "b.npz", "no such file"),
+        ("absent.npz", "b.parquet", "no such file"),
+    ],
+)
+def test_impossible_conversions(
+    make_trace: Make, tmp_path: Path, source: str, target: str, message: str
+) -> None:
+    write_trace(make_trace(), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / source, tmp_path / target)
+
+
+@pytest.fixture
+def arrays(make_trace: Make, tmp_path: Path) -> dict[str, Any]:
+    write_npz(make_trace(), tmp_path / "good.npz")
+    with np.load(tmp_path / "good.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def refuse(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match=message):
+        read_npz(path)
+
+
+def test_wrong_members(arrays: dict[str, Any], tmp_path: Path) -> None:
+    refuse(tmp_path, {k: v for k, v in arrays.items() if k != "step"}, r"missing \['step'\]")
+    refuse(tmp_path, arrays | {"more": np.zeros(3)}, r"unknown \['more'\]")
+    refuse(tmp_path, arrays | {"meta": np.zeros(3)}, "the text meta")
+    refuse(tmp_path, arrays | {"meta": np.array("{}")}, "trace metadata: missing")
+    refuse(tmp_path, arrays | {"step": arrays["step"].astype(float)}, "step is float64")
+
+
+def test_bad_cells(arrays: dict[str, Any], tmp_path: Path) -> None:
+    experts = arrays["experts"].copy()
+    experts[3, 1] = 4
+    refuse(tmp_path, arrays | {"experts": experts}, r"repeated expert \(first: row 3, layer 1\)")
+    twice = {k: v if k == "meta" else v[[0, 1, 1]] for k, v in arrays.items()}
+    refuse(tmp_path, twice, "1 rows repeat a position")
+
+
+def test_nothing_is_unpickled(arrays: dict[str, Any], tmp_path: Path) -> None:
+    refuse(tmp_path, arrays | {"step": np.array([{"a": 1}], object)}, "not a readable npz")
+
+
+def test_truncated_npz(arrays: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    path.write_bytes((tmp_path / "good.npz").read_bytes()[:-300])
+    with pytest.raises(InputError, match="not a readable npz"):
+        read_npz(path)
+
+
+def test_a_header_that_declares_ten_gigabytes(arrays: dict[str, Any], tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<u2", "fortran_order": False, "shape": (5 * 10**9,)}
+    )
+    path = tmp_path / "bad.npz"
+    np.savez(path, **{k: v for k, v in arrays.items() if k != "experts"})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("experts.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(InputError, match=r"experts.npy does not hold the bytes that it declares"):
+        read_npz(path)

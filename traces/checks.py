@@ -1,0 +1,109 @@
+"""What must hold for the rows of a routing trace, and where it first does not.
+
+A cell is one (token, layer): the ``top_k`` distinct expert ids that the router chose. The
+checks run chunk by chunk in bounded memory; a message counts cells or rows and names the first.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from basis.errors import InputError
+from traces.meta import MISSING, TraceMeta
+
+_CHUNK_CELLS = 2**22  # expert ids checked at a time
+_REMEDY = {
+    "bad rows": "request, position and step must be at least 0, the domain one of those listed",
+    "cells missing": "a token needs an expert in every layer; record again or drop such tokens",
+    "cells out of range": "ids must be below num_experts; are they physical slots?",
+    "cells with a repeated expert": "a token's top-k must be distinct; was padding recorded?",
+    "cells with bad weights": "weights must be finite and not negative",
+}
+
+
+def check_cells(
+    columns: Mapping[str, NDArray[Any]],
+    meta: TraceMeta,
+    num_domains: int,
+    where: str,
+    first_row: int = 0,
+) -> None:
+    """Check every row and cell; a request id of -1 (unknown) is let through.
+
+    Parameters
+    ----------
+    columns : mapping
+        ``request_id position step domain`` ``[T]``, ``experts`` and maybe ``weights``
+        ``[T, L, K]``.
+    num_domains : int
+        Domains that the file lists.
+    where : str
+        Name of the file, for the message.
+    first_row : int
+        Row number in the file (from 0) of the first token.
+
+    Raises
+    ------
+    InputError
+        One message that counts each kind of finding and names its first place.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    rows = max(_CHUNK_CELLS // (meta.num_layers * meta.top_k), 1)
+    for start in range(0, len(columns["request_id"]), rows):
+        chunk = {name: column[start : start + rows] for name, column in columns.items()}
+        for kind, bad in _findings(chunk, meta, num_domains):
+            row, *layer = np.unravel_index(int(np.argmax(bad)), bad.shape)
+            at = "".join(f", layer {meta.moe_layer_ids[int(i)]}" for i in layer)
+            count, first = found.get(kind, (0, f"row {first_row + start + int(row)}{at}"))
+            found[kind] = (count + int(np.count_nonzero(bad)), first)
+    if found:
+        parts = [
+            f"{count} {kind} (first: {first}) -- {_REMEDY[kind]}"
+            for kind, (count, first) in found.items()
+        ]
+        raise InputError(f"{where}: " + "; ".join(parts))
+
+
+def _findings(
+    columns: Mapping[str, NDArray[Any]], meta: TraceMeta, num_domains: int
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield kind and mask (``[T]`` rows or ``[T, L]`` cells) of what is wrong."""
+    request, domain, experts = columns["request_id"], columns["domain"], columns["experts"]
+    negative = (request >= 0) & ((columns["position"] < 0) | (columns["step"] < 0))
+    bad_rows = (request < -1) | negative | (domain < 0) | (domain >= num_domains)
+    missing = (experts == MISSING).any(axis=-1)
+    ordered = np.sort(experts, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    masks = {
+        "bad rows": bad_rows,
+        "cells missing": missing,
+        "cells out of range": (ordered[..., -1] >= meta.num_experts) & ~missing,
+        "cells with a repeated expert": repeated & ~missing,
+    }
+    if "weights" in columns:
+        weights = columns["weights"]
+        good = np.isfinite(weights) & (weights >= 0)
+        masks["cells with bad weights"] = ~good.all(axis=-1) & ~missing
+    yield from ((kind, mask) for kind, mask in masks.items() if mask.any())
+
+
+def check_positions(request_id: NDArray[np.int32], position: NDArray[np.int32], where: str) -> None:
+    """Check that no (request, position) comes twice.
+
+    Raises
+    ------
+    InputError
+        If one does.
+    """
+    key = request_id.astype(np.int64) << 32 | position.astype(np.int64)
+    order = np.argsort(key, kind="stable")
+    again = order[1:][np.diff(key[order]) == 0]
+    if len(again):
+        first = int(again.min())
+        raise InputError(
+            f"{where}: {len(again)} rows repeat a position of their request (first: request "
+            f"{request_id[first]}, position {position[first]}) -- each token is one row; were two "
+            "requests recorded under one id?"
+        )

@@ -1,0 +1,136 @@
+"""Traces from one file format to another, by suffix, without losing a bit.
+
+Parquet (own schema or a transport file) and npz are read; Parquet (own schema), npz and JSONL
+are written. Layouts: ``docs/reference/trace-schema.md``.
+"""
+
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from basis.errors import InputError
+from traces.checks import check_cells, check_positions
+from traces.meta import decode, encode
+from traces.routing_trace import MAX_BYTES, RoutingTrace, read_trace, write_trace
+
+_COLUMNS = ("request_id", "position", "decode", "step", "domain", "experts")
+
+
+def convert(source: Path, target: Path) -> RoutingTrace:
+    """Read ``source`` and write ``target``; the suffixes say the formats.
+
+    Parameters
+    ----------
+    source : Path
+        ``.parquet`` or ``.npz``.
+    target : Path
+        ``.parquet``, ``.npz`` or ``.jsonl``.
+
+    Returns
+    -------
+    RoutingTrace
+        What was written.
+
+    Raises
+    ------
+    InputError
+        If a suffix is not one of these, both are the same file, or the source is bad.
+    """
+    source, target = Path(source), Path(target)
+    readers = {".parquet": read_trace, ".npz": read_npz}
+    writers = {".parquet": write_trace, ".npz": write_npz, ".jsonl": write_jsonl}
+    for path, known, verb in ((source, readers, "read"), (target, writers, "write")):
+        if path.suffix not in known:
+            raise InputError(f"{path}: cannot {verb} {path.suffix!r} -- one of {', '.join(known)}")
+    if source.resolve() == target.resolve():
+        raise InputError(f"{target}: source and target are the same file -- name another target")
+    trace = readers[source.suffix](source)
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder -- make it first")
+    writers[target.suffix](trace, target)
+    return trace
+
+
+def write_npz(trace: RoutingTrace, path: Path) -> None:
+    """Write the columns and the metadata document as an npz, not compressed."""
+    arrays: dict[str, Any] = {"meta": np.array(encode(trace.meta, trace.domains)), **trace.columns}
+    np.savez(path, **arrays)
+
+
+def read_npz(path: Path) -> RoutingTrace:
+    """Read a trace from an npz that `write_npz` wrote; nothing in it is unpickled.
+
+    Raises
+    ------
+    InputError
+        If the file is not such an npz, is damaged or too large, or has bad rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file -- give the path of an npz trace")
+    try:
+        _check_sizes(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: not a readable npz of plain arrays ({error}) -- truncated, or another format?"
+        ) from error
+    missing = {"meta", *_COLUMNS} - arrays.keys()
+    unknown = arrays.keys() - {"meta", "weights", *_COLUMNS}
+    if missing or unknown or arrays["meta"].dtype.kind != "U" or arrays["meta"].ndim:
+        raise InputError(
+            f"{path}: missing {sorted(missing)}, unknown {sorted(unknown)} -- an npz trace has "
+            f"{', '.join(_COLUMNS)}, maybe weights, and the text meta"
+        )
+    try:
+        meta, domains = decode(str(arrays.pop("meta")))
+        trace = RoutingTrace(meta=meta, domains=domains, **arrays)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    check_cells(trace.columns, meta, len(domains), str(path))
+    check_positions(trace.request_id, trace.position, str(path))
+    return trace
+
+
+def _check_sizes(path: Path) -> None:
+    """Compare what each array's header declares with what the archive holds, before loading."""
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                if version != (1, 0):
+                    raise ValueError(f"{member.filename} has npy version {version}")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                declared = math.prod(shape) * dtype.itemsize
+                if declared != member.file_size - stream.tell():
+                    raise ValueError(f"{member.filename} does not hold the bytes that it declares")
+            total += declared
+    if total > MAX_BYTES:
+        raise ValueError(f"{total} bytes in memory, at most {MAX_BYTES}")
+
+
+def write_jsonl(trace: RoutingTrace, path: Path) -> None:
+    """Write a line of metadata, then one line per token; every number is exact."""
+    texts = [json.dumps(name) for name in trace.domains]
+    phases = ['"prefill"', '"decode"']
+    with Path(path).open("w", encoding="utf-8") as out:
+        out.write(encode(trace.meta, trace.domains) + "\n")
+        for start in range(0, trace.num_tokens, 4096):
+            columns = {name: c[start : start + 4096].tolist() for name, c in trace.columns.items()}
+            weights = columns.get("weights", [None] * len(columns["experts"]))
+            for request, position, decoded, step, domain, experts, weight in zip(
+                *(columns[name] for name in _COLUMNS), weights, strict=True
+            ):
+                tail = "" if weight is None else f', "weights": {json.dumps(weight)}'
+                out.write(
+                    f'{{"request_id": {request}, "position": {position}, '
+                    f'"phase": {phases[decoded]}, "step": {step}, "domain": {texts[domain]}, '
+                    f'"experts": {json.dumps(experts)}{tail}}}\n'
+                )

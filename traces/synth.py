@@ -1,0 +1,234 @@
+"""Synthetic expert loads and traces, for benchmarks and tests; never a model's real routing.
+
+Loads are shares of a layer's choices (sum 1 over its experts). `synthetic_step_counts` draws
+loads only; `synthetic_trace` draws tokens with distinct experts. Neither has co-activation,
+reuse or layer-to-layer structure: what they can show is balance, not affinity.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from basis.errors import InputError
+from traces.routing_trace import RoutingTrace, TraceMeta
+
+Floats = NDArray[np.float64]
+_CHUNK_CLOCKS = 2**22  # random clocks drawn at a time: 32 MiB
+_TOP = 32  # experts in the "top 32 share" of the statistics file
+_MARGIN = 0.01  # of a bin's width that loads keep from its edges
+_BIN = "gpqa_experts_with_load_over_mean_in_"
+
+
+def zipf_shares(num_experts: int, exponent: float, layers: int, seed: int) -> Floats:
+    """Return shares ``[L, E]`` proportional to rank^-exponent, permuted anew in each layer."""
+    rng = np.random.default_rng(seed)
+    ranked = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
+    return rng.permuted(np.tile(ranked / ranked.sum(), (layers, 1)), axis=1)
+
+
+def synthetic_step_counts(
+    shares: Floats, *, steps: int, tokens: int, top_k: int, seed: int
+) -> NDArray[np.int32]:
+    """Draw the load of each step: multinomial of ``tokens * top_k`` choices by the shares.
+
+    Load level only: there are no tokens behind the counts, and where a share is above
+    ``1 / top_k`` an expert gets more choices than there are tokens, which no model can do.
+
+    Parameters
+    ----------
+    shares : float array ``[L, E]``
+    steps, tokens, top_k : int
+    seed : int
+
+    Returns
+    -------
+    int32 array ``[S, L, E]``; every layer of every step sums to ``tokens * top_k``.
+    """
+    rng = np.random.default_rng(seed)
+    _check_shares(shares)
+    counts = np.empty((steps, *shares.shape), np.int32)
+    for layer, share in enumerate(shares):
+        counts[:, layer] = rng.multinomial(tokens * top_k, share, size=steps)
+    return counts
+
+
+def synthetic_trace(
+    shares: Floats, *, tokens: int, requests: int, top_k: int, seed: int, model: str = "synthetic"
+) -> RoutingTrace:
+    """Draw a decode trace whose expected loads are the shares, with distinct experts per token.
+
+    Each expert has an exponential clock of rate w, the first ``top_k`` clocks are the token's
+    experts (Gumbel top-k). With w = -log(1 - top_k * share) an expert is among them with
+    probability close to ``top_k * share`` (B. Rosen, "Asymptotic theory for order sampling",
+    1997). Layers and tokens are independent.
+
+    Parameters
+    ----------
+    shares : float array ``[L, E]``
+        Each below ``1 / top_k``.
+    tokens, requests : int
+        T rows in ``requests`` requests of nearly equal length.
+    top_k, seed : int
+    model : str
+        Name for the metadata, which also says ``synthetic``.
+
+    Raises
+    ------
+    InputError
+        If the shares cannot be those of distinct experts, or a count is impossible.
+    """
+    _check_shares(shares)
+    layers, experts = shares.shape
+    if not 1 <= requests <= tokens:
+        raise InputError(f"requests {requests} -- must be between 1 and tokens ({tokens})")
+    if shares.max() * top_k >= 1:
+        raise InputError(
+            f"largest share {shares.max():.3f} -- with top-{top_k} distinct experts a share is "
+            f"below 1/{top_k}; use synthetic_step_counts, or a smaller skew"
+        )
+    if top_k > np.count_nonzero(shares, axis=1).min():
+        raise InputError(f"top_k {top_k} -- at most the experts with a positive share")
+    rng = np.random.default_rng(seed)
+    with np.errstate(divide="ignore"):
+        mean_clock = -1 / np.log1p(-top_k * shares)  # infinite where the share is zero
+    picked = np.empty((tokens, layers, top_k), np.uint16)
+    rows = max(_CHUNK_CLOCKS // shares.size, 1)
+    for start in range(0, tokens, rows):
+        part = picked[start : start + rows]
+        clocks = rng.standard_exponential((len(part), layers, experts)) * mean_clock
+        part[:] = np.argpartition(clocks, top_k - 1, axis=-1)[..., :top_k]
+    request = np.arange(tokens) * requests // tokens
+    position = np.arange(tokens) - np.searchsorted(request, request)
+    return RoutingTrace(
+        meta=TraceMeta(
+            model=model, num_experts=experts, top_k=top_k, moe_layer_ids=tuple(range(layers)),
+            source=f"traces.synth.synthetic_trace, seed {seed}", licence="Apache-2.0",
+            synthetic=True, note="independent tokens and layers; only the loads mean anything",
+        ),
+        request_id=request.astype(np.int32),
+        position=position.astype(np.int32),
+        decode=np.ones(tokens, np.bool_),
+        step=position.astype(np.int32),
+        domain=np.zeros(tokens, np.int16),
+        domains=("synthetic",),
+        experts=picked,
+    )  # fmt: skip
+
+
+def shares_from_loadstats(csv_path: Path, num_experts: int, seed: int) -> Floats:
+    """Build shares that have the statistics of a per-layer load file.
+
+    The file gives, per layer, the largest load over the mean, the share of the 32 busiest
+    experts, and how many experts have a load (over the mean) in each of some bins. The loads
+    returned have exactly that maximum, that histogram and a sum of 1, and that top-32 share
+    as far as the bins allow; inside a bin they follow a power law. Experts are permuted at
+    random in each layer, because the file does not say which expert is which.
+
+    Parameters
+    ----------
+    csv_path : Path
+        Columns ``gpqa_max_over_mean``, ``gpqa_top32_share_pct`` and
+        ``gpqa_experts_with_load_over_mean_in_<low>_<high>``, one row per MoE layer.
+    num_experts : int
+        E; must be the sum of every row's histogram.
+    seed : int
+
+    Returns
+    -------
+    float64 array ``[L, E]``
+
+    Raises
+    ------
+    InputError
+        If the file or its columns are missing, or a histogram does not sum to E.
+    """
+    table = _read_table(Path(csv_path))
+    bins = [name for name in table if name.startswith(_BIN)]
+    missing = {"gpqa_max_over_mean", "gpqa_top32_share_pct"} - table.keys()
+    if missing or not bins:
+        raise InputError(f"{csv_path}: columns {sorted(missing) or [_BIN + '*']} are missing")
+    edges = np.array([[float(edge) for edge in name.split("_")[-2:]] for name in bins])
+    counts = np.stack([table[name] for name in bins], axis=1).astype(np.int64)
+    if num_experts <= _TOP or (counts.sum(axis=1) != num_experts).any():
+        raise InputError(
+            f"{csv_path}: histograms sum to {sorted(set(counts.sum(axis=1).tolist()))} -- must be "
+            f"num_experts ({num_experts}), and more than {_TOP}"
+        )
+    rng = np.random.default_rng(seed)
+    top = table["gpqa_top32_share_pct"] / 100 * num_experts
+    rows = zip(counts, table["gpqa_max_over_mean"], top, strict=True)
+    loads = np.array([_layer_loads(*row, edges) for row in rows])
+    return rng.permuted(loads / loads.sum(axis=1, keepdims=True), axis=1)
+
+
+def _read_table(path: Path) -> dict[str, Floats]:
+    """Read a CSV of numbers, column by column."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file -- give a per-layer load statistics CSV")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        values = np.array(rows, dtype=np.float64)
+        return dict(zip(header, values.T, strict=True))
+    except ValueError as error:
+        raise InputError(f"{path}: not a table of numbers -- {error}") from error
+
+
+def _layer_loads(counts: NDArray[np.int64], largest: float, top: float, edges: Floats) -> Floats:
+    """Return one layer's loads over the mean, ascending; they sum to the number of experts.
+
+    The 32 busiest experts and the others share one bin; where it is cut decides whether both
+    sums can be met. The cut nearest to an even spread for which they can is taken.
+    """
+    order = np.repeat(np.arange(len(counts)), counts)  # bin of each expert, ascending
+    low, high = edges[order].T
+    high = np.where(order == order[-1], largest, high)
+    low, high = low + _MARGIN * (high - low), high - _MARGIN * (high - low)
+    low[-1] = high[-1] = largest
+    split = len(order) - _TOP
+    shared = order[split]
+    inside = order == shared
+    rank = np.count_nonzero(inside[:split]) / np.count_nonzero(inside)
+    best, best_miss = low, np.inf
+    for cut in sorted(np.linspace(0.02, 0.98, 49), key=lambda c: abs(c - rank)):
+        at = low[split] + cut * (high[split] - low[split])
+        floor, ceiling = low.copy(), high.copy()
+        ceiling[:split][inside[:split]] = at
+        floor[split:][inside[split:]] = np.maximum(floor[split:][inside[split:]], at)
+        upper = _fill(floor[split:], ceiling[split:], order[split:], top)
+        rest = _fill(floor[:split], ceiling[:split], order[:split], len(order) - upper.sum())
+        loads = np.concatenate([rest, upper])
+        miss = abs(loads.sum() - len(order)) + abs(upper.sum() - top)
+        if miss < best_miss:
+            best, best_miss = loads, miss
+        if miss < 1e-9 * len(order):
+            break
+    return best
+
+
+def _fill(low: Floats, high: Floats, group: NDArray[np.int64], total: float) -> Floats:
+    """Place values between ``low`` and ``high``, ascending in each group, to sum to ``total``.
+
+    Within a group they are ``low + (high - low) * u ** gamma`` at even u; gamma is solved for,
+    and stays at its limit where no gamma reaches the sum.
+    """
+    size = np.bincount(group)[group]
+    start = np.searchsorted(group, group)
+    even = (np.arange(len(group)) - start + 0.5) / size
+
+    def values(log_gamma: float) -> Floats:
+        return low + (high - low) * even ** np.exp(log_gamma)
+
+    many, few = -6.0, 6.0  # the sum falls as gamma grows
+    for _ in range(60):
+        middle = (many + few) / 2
+        many, few = (middle, few) if values(middle).sum() > total else (many, middle)
+    return values((many + few) / 2)
+
+
+def _check_shares(shares: NDArray[Any]) -> None:
+    if shares.ndim != 2 or (shares < 0).any() or not np.allclose(shares.sum(axis=1), 1):
+        raise InputError(f"shares {list(shares.shape)} -- [layers, experts], each row sums to 1")
