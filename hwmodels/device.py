@@ -1,0 +1,170 @@
+"""One accelerator: its memories, its processors, and the cost models of their kernels.
+
+Capacities in bytes, bandwidths in bytes per second, rates in FLOP per second, always *dense*.
+A processor names the memory that it works on, so that several processors may share one memory
+and one device may hold several.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from basis import DTYPES, Bytes, BytesPerSecond, Evidence, FlopPerSecond, Hertz, Strict, Watts
+from basis.evidence import weakest
+from hwmodels.figures import Figure, KernelCost
+
+Kernel = Literal[
+    "gemm", "grouped_gemm", "attention_decode", "attention_prefill", "route", "permute", "stream"
+]
+"""``permute`` gathers and scatters rows; ``stream`` is elementwise work, in order."""
+FlopFormat = Literal["fp32", "tf32", "bf16", "fp8", "fp4", "int8"]
+
+_ASSUMED = KernelCost(
+    launch="5 us",
+    compute_efficiency=0.6,
+    memory_efficiency=0.7,
+    source="round figures for hardware that nobody has fitted",
+)
+_ROUND: tuple[tuple[Kernel, float, int], ...] = (
+    ("gemm", 5e-6, 64),
+    ("grouped_gemm", 20e-6, 64),
+    ("attention_decode", 8e-6, 1),
+    ("attention_prefill", 10e-6, 1),
+    ("route", 8e-6, 1),
+    ("permute", 3e-6, 1),
+    ("stream", 3e-6, 1),
+)
+DEFAULT_KERNELS: dict[Kernel, dict[str, KernelCost]] = {
+    name: {"bf16": _ASSUMED.model_copy(update={"launch": launch, "tile_rows": tile})}
+    for name, launch, tile in _ROUND
+}
+"""Cost models of a device whose file gives none: evidence assumed, a factor of two either way."""
+
+
+class Memory(Strict):
+    """One memory: HBM of a GPU, DRAM of a host."""
+
+    kind: str
+    """Technology, for people: HBM3, GDDR6X, DDR5."""
+    capacity: Figure[Bytes]
+    """Bytes that can be allocated on the whole memory, before anything runs."""
+    bandwidth: Figure[BytesPerSecond]
+    """Peak bandwidth, reads plus writes, bytes per second."""
+    stacks: int | None = Field(default=None, gt=0)
+    """Stacks or chips, each with a bus of its own (for the cross-checks)."""
+    stack_capacity: Bytes | None = None
+    """Nominal bytes of one stack; memory parts come in binary sizes (16 GiB)."""
+    bus_bits: int | None = Field(default=None, gt=0)
+    """Width of the bus of one stack, bits."""
+    pin_rate: BytesPerSecond | None = None
+    """Rate of one pin, bytes per second (written in Gbit/s)."""
+
+
+class Processor(Strict):
+    """A processor that works on one memory."""
+
+    memory: str
+    """Name of the memory in the device's ``memories``."""
+    flops: dict[FlopFormat, Figure[FlopPerSecond]]
+    """Dense peak by format, FLOP per second. ``bf16`` must be there."""
+    compute_units: Figure[int] | None = None
+    """Streaming multiprocessors or compute units."""
+    clock: Figure[Hertz] | None = None
+    """Clock at which the peak is stated (boost), Hz."""
+    flops_per_clock_per_unit: dict[FlopFormat, float] = Field(default_factory=dict)
+    """Dense FLOP per clock and unit by format: with units and clock, the physical peak."""
+    kernels: dict[Kernel, dict[str, KernelCost]] = DEFAULT_KERNELS
+    """Cost models by kernel and weight format (KV format for attention); ``bf16`` is required."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if "bf16" not in self.flops:
+            raise ValueError("flops: bf16 is missing -- give the dense bf16 (or fp16) rate")
+        for name, by_dtype in self.kernels.items():
+            if "bf16" not in by_dtype:
+                raise ValueError(f"kernels.{name}: bf16 is missing -- every kernel needs it")
+            if unknown := sorted(set(by_dtype) - set(DTYPES)):
+                raise ValueError(
+                    f"kernels.{name}: unknown dtype {unknown[0]!r} -- known are {', '.join(DTYPES)}"
+                )
+        missing = {k: v for k, v in DEFAULT_KERNELS.items() if k not in self.kernels}
+        object.__setattr__(self, "kernels", self.kernels | missing)
+        return self
+
+
+class Device(Strict):
+    """One accelerator as one rank sees it."""
+
+    name: str
+    """Short name, as in the catalog."""
+    title: str = ""
+    """Full product name."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Citations by the short key that the figures use."""
+    memories: dict[str, Memory]
+    """Memories by name; ``hbm`` by custom for a GPU's own."""
+    processors: dict[str, Processor]
+    """Processors by name; the first is the one that runs the model."""
+    power: Figure[Watts] | None = None
+    """Power limit of the whole device, W."""
+
+    @model_validator(mode="after")
+    def _attached(self) -> Self:
+        if not self.processors or not self.memories:
+            raise ValueError("a device has at least one processor and one memory")
+        for name, processor in self.processors.items():
+            if processor.memory not in self.memories:
+                raise ValueError(
+                    f"processors.{name}.memory: {processor.memory!r} is not a memory of this "
+                    f"device -- memories are {', '.join(self.memories)}"
+                )
+        return self
+
+    @property
+    def processor(self) -> Processor:
+        """The processor that runs the model: the first."""
+        return next(iter(self.processors.values()))
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that this processor works on."""
+        return self.memories[self.processor.memory]
+
+    def flops(self, dtype: str) -> Figure[float]:
+        """Dense peak for weights stored as ``dtype``, FLOP/s.
+
+        A processor without that format multiplies in bf16 after conversion.
+        """
+        table: Any = self.processor.flops
+        return table.get(DTYPES[dtype].compute, table["bf16"])
+
+    def kernel(self, name: Kernel, dtype: str) -> tuple[KernelCost, Evidence]:
+        """Parameters of a kernel for a weight format, and what they rest on.
+
+        A format without parameters of its own takes those of bf16, as a transfer.
+        """
+        by_dtype = self.processor.kernels[name]
+        if dtype in by_dtype:
+            return by_dtype[dtype], by_dtype[dtype].evidence
+        return by_dtype["bf16"], weakest([by_dtype["bf16"].evidence, "transfer"])
+
+    def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
+        """Return a copy with bandwidths and FLOP/s times ``rates``, launches times ``fixed``."""
+        memories = {
+            n: m.model_copy(update={"bandwidth": m.bandwidth.times(rates)})
+            for n, m in self.memories.items()
+        }
+        processors = {n: _scaled(p, rates, fixed) for n, p in self.processors.items()}
+        return self.model_copy(update={"memories": memories, "processors": processors})
+
+
+def _scaled(processor: Processor, rates: float, fixed: float) -> Processor:
+    kernels = {
+        name: {
+            dtype: cost.model_copy(update={"launch": cost.launch * fixed})
+            for dtype, cost in by_dtype.items()
+        }
+        for name, by_dtype in processor.kernels.items()
+    }
+    flops = {dtype: figure.times(rates) for dtype, figure in processor.flops.items()}
+    return processor.model_copy(update={"flops": flops, "kernels": kernels})

@@ -1,0 +1,181 @@
+"""Ranks in nodes, nodes in a cluster: who reaches whom over which link.
+
+A *node* is the set of ranks joined by the fast interconnect (an HGX board, an NVL72 rack); the
+``network`` joins nodes. Ranks are numbered node by node; a cluster may use only its first ones.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from basis import InputError, Strict
+from hwmodels.device import Device, Memory
+from hwmodels.link import Link
+
+
+class Node(Strict):
+    """The devices that share the fast interconnect, and what else stands beside them."""
+
+    devices: int = Field(gt=0)
+    """Devices (ranks) of one node."""
+    interconnect: Link | None = None
+    """Each device's port to the others of its node; none where a node has one device."""
+    memories: dict[str, Memory] = Field(default_factory=dict)
+    """Memories of the node by name (``host``), figures per device."""
+    links: dict[str, Link] = Field(default_factory=dict)
+    """Edges of the memory graph by name, each with its two ``ends``."""
+
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        if self.devices > 1 and self.interconnect is None:
+            raise ValueError(
+                f"{self.devices} devices without an interconnect -- describe the link between them"
+            )
+        for name, link in self.links.items():
+            if link.ends is None:
+                raise ValueError(f"links.{name}: ends is missing -- name the two memories it joins")
+        return self
+
+
+class Cluster(Strict):
+    """Equal nodes of equal devices."""
+
+    name: str
+    """Short name; a catalog cluster with a network takes a suffix: ``hgx-h100-8x4``."""
+    title: str = ""
+    """For people."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Citations by the short key that the figures use."""
+    device: Device
+    """The device of every rank; in a file also a catalog name or the path of a device file."""
+    node: Node
+    """One node; all are alike."""
+    nodes: int = Field(default=1, gt=0)
+    """Nodes that the cluster has."""
+    network: Link | None = None
+    """Each rank's own port to other nodes."""
+    gpus: int | None = Field(default=None, gt=0)
+    """Use only the first so many ranks."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nodes > 1 and self.network is None:
+            raise ValueError(f"{self.nodes} nodes without a network -- describe the link of a rank")
+        known = {*self.device.memories, *self.node.memories}
+        for name, link in self.node.links.items():
+            if strangers := [end for end in link.ends or () if end not in known]:
+                raise ValueError(
+                    f"node.links.{name}.ends: {strangers[0]!r} is not a memory -- "
+                    f"memories are {', '.join(sorted(known))}"
+                )
+        if self.gpus is not None and self.gpus > self.nodes * self.node.devices:
+            raise ValueError(
+                f"gpus: {self.gpus} -- the cluster has {self.nodes * self.node.devices}"
+            )
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """G: ranks in use."""
+        return self.gpus or self.nodes * self.node.devices
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes in use; the last may be in use in part."""
+        return -(-self.num_ranks // self.node.devices)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks in use on a full node (on the only node, if there is one)."""
+        return min(self.node.devices, self.num_ranks)
+
+    @property
+    def node_of(self) -> NDArray[np.int64]:
+        """[G] node of each rank."""
+        return np.arange(self.num_ranks) // self.node.devices
+
+    @property
+    def intra(self) -> Link:
+        """A rank's port to its own node.
+
+        Raises
+        ------
+        InputError
+            If nodes have one device each.
+        """
+        if self.node.interconnect is None:
+            raise InputError(f"{self.name}: no interconnect -- a node has one device")
+        return self.node.interconnect
+
+    @property
+    def inter(self) -> Link | None:
+        """A rank's port to other nodes; None where there are none."""
+        return self.network
+
+    def memory(self, name: str) -> Memory:
+        """Return a memory of the device or the node by name.
+
+        Raises
+        ------
+        InputError
+            If no memory has that name.
+        """
+        known = self.node.memories | self.device.memories
+        if name not in known:
+            raise InputError(
+                f"{self.name}: no memory {name!r} -- memories are {', '.join(sorted(known))}"
+            )
+        return known[name]
+
+    def link_between(self, source: str, target: str) -> Link:
+        """Return the edge that joins two memories.
+
+        Raises
+        ------
+        InputError
+            If no link joins them directly.
+        """
+        for link in self.node.links.values():
+            if link.ends is not None and set(link.ends) == {source, target}:
+                return link
+        edges = ", ".join("-".join(k.ends or ()) for k in self.node.links.values()) or "none"
+        raise InputError(f"{self.name}: no link joins {source!r} and {target!r} -- edges: {edges}")
+
+    def scaled(
+        self, *, rates: float = 1.0, communication: float | None = None, fixed: float = 1.0
+    ) -> Self:
+        """Return an imagined copy, for bounds and tests.
+
+        Parameters
+        ----------
+        rates : float
+            Multiplies every bandwidth and FLOP/s.
+        communication : float, optional
+            Multiplies the bandwidth of links in addition; infinity makes bytes free.
+        fixed : float
+            Multiplies launches and startup times; 0 removes them.
+        """
+        links = {"rates": rates * (communication or 1.0), "fixed": fixed}
+
+        def of(link: Link | None) -> Link | None:
+            return None if link is None else link.scaled(**links)
+
+        memories = {
+            n: m.model_copy(update={"bandwidth": m.bandwidth.times(rates)})
+            for n, m in self.node.memories.items()
+        }
+        edges = {n: link.scaled(**links) for n, link in self.node.links.items()}
+        node: dict[str, Any] = {
+            "interconnect": of(self.node.interconnect),
+            "memories": memories,
+            "links": edges,
+        }
+        return self.model_copy(
+            update={
+                "device": self.device.scaled(rates=rates, fixed=fixed),
+                "node": self.node.model_copy(update=node),
+                "network": of(self.network),
+            }
+        )

@@ -1,0 +1,160 @@
+"""Wrong device and cluster files, each refused (or warned of) with the message that helps."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from basis import InputError, validate
+from hwmodels import Cluster, Device, check_cluster, check_device, load_cluster, load_device
+
+CATALOG = Path(__file__).parents[2] / "hwmodels" / "catalog"
+
+
+def changed(data: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """Copy ``data`` with the entry at a dotted path set (or, with None, removed)."""
+    data = copy.deepcopy(data)
+    *way, last = path.split(".")
+    part = data
+    for step in way:
+        part = part.setdefault(step, {})
+    part.pop(last, None)
+    if value is not None:
+        part[last] = value
+    return data
+
+
+def catalog(kind: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((CATALOG / kind / f"{name}.yaml").read_text())
+
+
+def written(data: dict[str, Any], folder: Path) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+FLOPS = "processors.gpu.flops"
+DEVICE_CASES = [
+    ("h100", f"{FLOPS}.bf16", "1979 TFLOP/s", "looks like the sparse figure"),
+    ("h200", f"{FLOPS}.fp8", "3958 TFLOP/s", "looks like the sparse figure"),
+    ("a100", f"{FLOPS}.bf16", "624 TFLOP/s", "looks like the sparse figure"),
+    ("mi300x", f"{FLOPS}.bf16", "2614.9 TFLOP/s", "looks like the sparse figure"),
+    ("h100", f"{FLOPS}.bf16", "98.9 TFLOP/s", "both must agree within 15 %"),
+    ("h100", f"{FLOPS}.bf16", "989 TB/s", "unknown unit 'TB/s'"),
+    ("h100", f"{FLOPS}.bf16", 989e12, "unit missing"),
+    ("h100", f"{FLOPS}.bf16", None, "bf16 is missing"),
+    ("h100", "memories.hbm.capacity", "80 TB", "GB .* against GiB"),
+    ("h100", "memories.hbm.capacity", "74.5 GB", "GB .* against GiB"),
+    ("h100", "memories.hbm.bandwidth", "3.35 GB/s", "stacks x bus x pin rate"),
+    ("h100", "memories.hbm.bandwidth", "33.5 TB/s", "stacks x bus x pin rate"),
+    ("h100", "memories.hbm.bandwith", "3.35 TB/s", "did you mean 'bandwidth'"),
+    ("h100", "processors.gpu.memory", "hbn", "'hbn' is not a memory"),
+    ("h100", "processors.gpu.kernels.gemm", {}, "kernels.gemm: bf16 is missing"),
+    ("h100", "processors.gpu.kernels.gemm.fp7", {}, "fp7"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "said"), DEVICE_CASES)
+def test_wrong_device_files(name: str, path: str, value, said: str, tmp_path: Path) -> None:
+    file = written(changed(catalog("devices", name), path, value), tmp_path)
+    with pytest.raises(InputError, match=said):
+        load_device(file)
+
+
+@pytest.mark.parametrize(
+    ("flops", "suspect"),
+    [
+        ({"bf16": "1979 TFLOP/s"}, "bf16"),
+        ({"bf16": "1513 TFLOP/s"}, "bf16"),
+        ({"bf16": "700 TFLOP/s", "fp8": "2800 TFLOP/s"}, "fp8"),
+        ({"bf16": "1400 TFLOP/s", "fp8": "1200 TFLOP/s"}, "bf16"),
+    ],
+)
+def test_sparse_rates_are_found_without_units_and_clock(flops, suspect: str, device_data) -> None:
+    device = validate(changed(device_data, FLOPS, flops), Device, "test")
+    errors = [f for f in check_device(device) if f.level == "error"]
+    assert [f.where for f in errors] == [f"processors.gpu.flops.{suspect}"]
+    assert "sparse" in errors[0].message
+
+
+def test_units_and_clock_prove_a_rate_dense(device_data) -> None:
+    data = changed(device_data, FLOPS, {"bf16": "1979 TFLOP/s"})
+    data = changed(data, "processors.gpu.compute_units", 264)
+    data = changed(data, "processors.gpu.clock", "1.83 GHz")
+    data = changed(data, "processors.gpu.flops_per_clock_per_unit", {"bf16": 4096})
+    assert check_device(validate(data, Device, "test")) == []
+
+
+def test_round_decimal_capacity_is_warned_of(device_data) -> None:
+    data = changed(device_data, "memories.hbm.capacity", "80 GB")
+    findings = check_device(validate(data, Device, "test"))
+    assert [(f.level, f.where) for f in findings] == [("warning", "memories.hbm.capacity")]
+
+
+def test_unexplained_source_is_warned_of(device_data) -> None:
+    figure = {"value": "64 GiB", "evidence": "datasheet", "source": "sheet"}
+    data = changed(device_data, "memories.hbm.capacity", figure)
+    findings = check_device(validate(data, Device, "test"))
+    assert [(f.level, f.where) for f in findings] == [("warning", "memories.hbm.capacity")]
+    cited = data | {"sources": {"sheet": "its data sheet"}}
+    assert check_device(validate(cited, Device, "test")) == []
+
+
+LINK = "node.interconnect"
+CLUSTER_CASES = [
+    ("hgx-h100-8", f"{LINK}.bandwidth", "900 GB/s", "sum of both directions of nvlink4"),
+    ("hgx-b200-8", f"{LINK}.bandwidth", "1.8 TB/s", "write 900 GB/s"),
+    ("mi300x-8", f"{LINK}.bandwidth", "896 GB/s", "write 448 GB/s"),
+    ("hgx-h100-8", "node.links.pcie.bandwidth", "128 GB/s", "sum of both directions of pcie5"),
+    ("hgx-h100-8", f"{LINK}.bandwidth", "600 GB/s", "carries at most 450 GB/s"),
+    ("hgx-h100-8", f"{LINK}.bandwidth", "225 GB/s", "0.50 x lanes x rate per lane"),
+    ("hgx-h100-8", f"{LINK}.bandwidth", "450 Gb/s", "ambiguous unit"),
+    ("hgx-h100-8", f"{LINK}.direction", "both", "one-way"),
+    ("hgx-h100-8", f"{LINK}.direction", None, "direction: missing"),
+    ("hgx-h100-8", LINK, None, "8 devices without an interconnect"),
+    ("hgx-h100-8", "device", "h1000", "did you mean 'h100'"),
+    ("hgx-h100-8", "node.links.pcie.ends", ["hbm", "nvme"], "'nvme' is not a memory"),
+    ("hgx-h100-8", "node.links.pcie.ends", ["hbm", "hbm"], "two different memories"),
+    ("hgx-h100-8", "node.links.pcie.ends", None, "name the two memories"),
+    ("l40s-8", "nodes", 2, "without a network"),
+    ("l40s-8", "gpus", 9, "the cluster has 8"),
+    ("l40s-8", "node.device", 8, "did you mean 'devices'"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "said"), CLUSTER_CASES)
+def test_wrong_cluster_files(name: str, path: str, value, said: str, tmp_path: Path) -> None:
+    file = written(changed(catalog("clusters", name), path, value), tmp_path)
+    with pytest.raises(InputError, match=said):
+        load_cluster(file)
+
+
+def test_all_errors_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    data = changed(catalog("devices", "h100"), f"{FLOPS}.bf16", "1979 TFLOP/s")
+    data = changed(data, "memories.hbm.bandwidth", "33.5 TB/s")
+    with pytest.raises(InputError, match="2 errors") as refused:
+        load_device(written(data, tmp_path))
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_a_plain_file_of_ones_own_loads(tmp_path: Path, device_data, cluster_data) -> None:
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(device_data))
+    data = changed(cluster_data, "device", "gpu.yaml")
+    cluster = load_cluster(written(data, tmp_path), gpus=3)
+    assert (cluster.device.name, cluster.num_ranks, cluster.num_nodes) == ("round", 3, 1)
+    assert check_cluster(cluster) == []
+    assert cluster.device.memory.bandwidth.evidence == "assumed"
+
+
+def test_a_device_without_kernels_gets_assumed_ones(device_data) -> None:
+    device = validate(changed(device_data, "processors.gpu.kernels", None), Device, "test")
+    cost, evidence = device.kernel("grouped_gemm", "bf16")
+    assert (evidence, cost.low, cost.high) == ("assumed", 0.5, 2.0)
+
+
+def test_cluster_without_nodes_is_a_mapping() -> None:
+    with pytest.raises(InputError, match="expected a mapping"):
+        validate([], Cluster, "test")
