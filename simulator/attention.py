@@ -1,0 +1,122 @@
+"""The attention block of a layer as work: grouped-query, or multi-head latent (MLA).
+
+A rank's decode tokens read the cached keys and values of their own requests; prefill tokens
+multiply with the (query, key) pairs that causality and windows leave.
+"""
+
+from typing import TypedDict
+
+import numpy as np
+
+from hwmodels.ops import AttentionDecode, AttentionPrefill, Op, Stage
+from simulator.work import Rows, Work
+
+
+class _Heads(TypedDict):
+    """What both attention kernels need to know of the heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    kv_elements: int
+    kv_dtype: str
+    activation_dtype: str
+
+
+def attention(r: Rows) -> list[Work]:
+    """Attention of every layer: norm, projections, scores, output."""
+    a = r.model.attention
+    kernels = _mla(r) if a.kind == "mla" else _gqa(r)
+    out = _project(r, "o", r.model.hidden_size, a.num_heads * a.v_head_dim)
+    return [r.norm("attention norm", r.all_layers), *kernels, out]
+
+
+def _gqa(r: Rows) -> list[Work]:
+    a = r.model.attention
+    q, k, v = (
+        a.num_heads * a.head_dim,
+        a.num_kv_heads * a.head_dim,
+        a.num_kv_heads * a.v_head_dim,
+    )
+    return [
+        _project(r, "qkv", q + k + v, r.model.hidden_size),
+        r.stream("rope and kv write", Stage.ATTENTION, 2 * (q + k + v), r.all_layers),
+        _score(
+            r,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            v_head_dim=a.v_head_dim,
+            kv_elements=a.kv_elements_per_token,
+            kv_dtype=r.model.kv_dtype,
+        ),
+    ]
+
+
+def _mla(r: Rows) -> list[Work]:
+    """Latent attention: absorbed in decode (scores against the latent), expanded in prefill."""
+    a, every = r.model.attention, r.all_layers
+    rank, rope, nope = a.kv_lora_rank or 0, a.qk_rope_head_dim or 0, a.qk_nope_head_dim or 0
+    hidden, heads = r.model.hidden_size, a.num_heads
+    queries = heads * (nope + rope)
+    down = (a.q_lora_rank or queries) + rank + rope
+    works = [_project(r, "q and kv down", down, hidden)]
+    if a.q_lora_rank:
+        works.append(_project(r, "q up", queries, a.q_lora_rank))
+    written = 2 * (queries + rank + rope)
+    works.append(r.stream("rope and kv write", Stage.ATTENTION, written, every))
+    if r.loads.decode:
+        # per-head products as one GEMM of the same FLOPs and weight bytes
+        return [
+            *works,
+            _project(r, "q absorb", heads * rank, nope),
+            _score(
+                r,
+                num_kv_heads=1,
+                head_dim=rank + rope,
+                v_head_dim=rank,
+                kv_elements=rank + rope,
+                kv_dtype=r.model.kv_dtype,
+            ),
+            _project(r, "v absorb", a.v_head_dim, heads * rank),
+        ]
+    return [
+        *works,
+        _project(r, "kv up", heads * (nope + a.v_head_dim), rank),
+        _score(
+            r,
+            num_kv_heads=heads,
+            head_dim=nope + rope,
+            v_head_dim=a.v_head_dim,
+            kv_elements=heads * (nope + rope + a.v_head_dim),
+            kv_dtype=r.dtype,  # keys and values were just expanded
+        ),
+    ]
+
+
+def _score(
+    r: Rows, *, num_kv_heads: int, head_dim: int, v_head_dim: int, kv_elements: int, kv_dtype: str
+) -> Work:
+    """Scores, softmax and values; the only kernel of attention that sees the context."""
+    loads, shape = r.loads, r.loads.context.shape
+    tokens = np.broadcast_to(loads.tokens[:, None, :], shape).ravel()
+    context = loads.context.ravel()
+    heads: _Heads = {
+        "num_heads": r.model.attention.num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+        "kv_elements": kv_elements,
+        "kv_dtype": kv_dtype,
+        "activation_dtype": r.dtype,
+    }
+    op: Op
+    if loads.decode:
+        op = AttentionDecode(tokens=tokens, context=context, **heads)
+    else:
+        op = AttentionPrefill(tokens=tokens, pairs=context, **heads)
+    return Work(name="attention", stage=Stage.ATTENTION, op=op, shape=shape, layers=r.all_layers)
+
+
+def _project(r: Rows, name: str, n: int, k: int) -> Work:
+    return r.gemm(name, Stage.ATTENTION, n, k, r.all_layers)

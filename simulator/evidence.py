@@ -1,0 +1,122 @@
+"""What a predicted step time rests on: for each kind of kernel and input, its class and source.
+
+Shares are of the ranks' busy time, so that a reader sees how much of the answer hangs on what.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from basis.evidence import Evidence
+from hwmodels.cluster import Cluster
+from hwmodels.device import Kernel
+from hwmodels.ops import (
+    AllToAll,
+    AttentionDecode,
+    AttentionPrefill,
+    Gemm,
+    GroupedGemm,
+    Op,
+    Permute,
+    Route,
+)
+from simulator.batches import Composition
+from simulator.pricing import PricedStep
+from simulator.work import Work
+from traces.routing_trace import RoutingTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceItem:
+    """What a part of the prediction rests on."""
+
+    what: str
+    """Kernels, or an input of the simulation."""
+    evidence: Evidence
+    """Evidence class."""
+    source: str
+    """Where the figures come from."""
+    share: float | None
+    """Share of the ranks' busy time; None for an input."""
+
+
+def list_evidence(
+    trace: RoutingTrace,
+    composition: Composition,
+    works: Sequence[Work],
+    priced: PricedStep,
+    cluster: Cluster,
+) -> tuple[EvidenceItem, ...]:
+    """List the inputs, then the kernels by falling share of busy time."""
+    busy = priced.seconds.sum()
+    names: dict[tuple[str, Evidence, str], list[str]] = defaultdict(list)
+    share: dict[tuple[str, Evidence, str], float] = defaultdict(float)
+    times = _seconds(works, priced)
+    for work, evidence, seconds in zip(works, priced.evidence, times, strict=True):
+        kind, source = _source(work.op, cluster)
+        names[kind, evidence, source].append(work.name)
+        share[kind, evidence, source] += float(seconds / busy)
+    kernels = [
+        EvidenceItem(
+            what=f"{kind}: {', '.join(names[kind, evidence, source])}",
+            evidence=evidence,
+            source=source,
+            share=part,
+        )
+        for (kind, evidence, source), part in sorted(share.items(), key=lambda pair: -pair[1])
+    ]
+    return (*_inputs(trace, composition), *kernels)
+
+
+def _inputs(trace: RoutingTrace, composition: Composition) -> tuple[EvidenceItem, ...]:
+    meta = trace.meta
+    kind = "synthetic" if meta.synthetic else "recorded"
+    origin = f"{kind} trace of {meta.model}" + (f", {meta.source}" if meta.source else "")
+    routing = EvidenceItem(
+        what="routing",
+        evidence="assumed" if meta.synthetic else "measured",
+        source=origin,
+        share=None,
+    )
+    batches = EvidenceItem(
+        what="batch composition", evidence="assumed", source=composition.statement, share=None
+    )
+    return routing, batches
+
+
+def _seconds(works: Sequence[Work], priced: PricedStep) -> list[float]:
+    """Busy time of each work over all steps, layers and ranks."""
+    per_item = priced.seconds.sum(axis=(0, 2))
+    return [
+        float(per_item[[i for i, item in enumerate(priced.items) if item.name == work.name]].sum())
+        for work in works
+    ]
+
+
+def _source(op: Op, cluster: Cluster) -> tuple[str, str]:
+    """Return the kind of kernel and the source of its cost model."""
+    if isinstance(op, AllToAll):
+        links = [cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None]
+        sources = {k.cost("all_to_all").source for k in links if k is not None}
+        return "all_to_all", "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
+    kind, dtype = _kernel(op)
+    source = cluster.device.kernel(kind, dtype)[0].source
+    return kind, cluster.device.sources.get(source, source)
+
+
+def _kernel(op: Op) -> tuple[Kernel, str]:
+    match op:
+        case Gemm():
+            return "gemm", op.weight_dtype
+        case GroupedGemm():
+            return "grouped_gemm", op.weight_dtype
+        case AttentionDecode():
+            return "attention_decode", op.kv_dtype
+        case AttentionPrefill():
+            return "attention_prefill", op.kv_dtype
+        case Route():
+            return "route", op.activation_dtype
+        case Permute():
+            return "permute", "bf16"
+        case _:
+            return "stream", "bf16"

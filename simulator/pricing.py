@@ -1,0 +1,65 @@
+"""Seconds for every kernel of a step at its place in the step, with interval and evidence."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from basis.evidence import Evidence
+from hwmodels.cluster import Cluster
+from hwmodels.cost import price
+from hwmodels.ops import Stage
+from simulator.loads import StepLoads
+from simulator.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A kernel at its place in the step."""
+
+    name: str
+    stage: Stage
+    layer: int
+    """Layer of the model, as in `Work.layers`."""
+    collective: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PricedStep:
+    """The kernels of a step in the order in which every rank runs them, with their times."""
+
+    items: tuple[Item, ...]
+    seconds: NDArray[np.float64]
+    """Best estimate, [steps, items, ranks]."""
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    evidence: tuple[Evidence, ...]
+    """What the prices of each work rest on."""
+
+
+def price_step(works: Sequence[Work], loads: StepLoads, cluster: Cluster) -> PricedStep:
+    """Price every kernel and put it at its places in the step."""
+    places = list(_program(works))
+    shape = (loads.num_steps, len(places), loads.num_ranks)
+    estimates = {name: np.zeros(shape) for name in ("seconds", "low", "high")}
+    evidence = []
+    for number, work in enumerate(works):
+        priced = price(work.op, cluster)
+        evidence.append(priced.evidence)
+        here = [i for i, (w, _) in enumerate(places) if w == number]
+        for name, table in estimates.items():
+            table[:, here, :] = np.reshape(getattr(priced, name), work.shape)
+    items = tuple(
+        Item(name=works[w].name, stage=works[w].stage, layer=n, collective=works[w].collective)
+        for w, n in places
+    )
+    return PricedStep(items=items, evidence=tuple(evidence), **estimates)
+
+
+def _program(works: Sequence[Work]) -> Iterator[tuple[int, int]]:
+    """Yield (index of work, layer) in the order of a step."""
+    for layer in sorted({n for work in works for n in work.layers}):
+        for number, work in enumerate(works):
+            if layer in work.layers:
+                yield number, layer

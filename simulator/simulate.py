@@ -1,0 +1,96 @@
+"""From a model, a trace, a cluster and a deployment to a Result: the front of the simulator.
+
+Batches are composed from the trace's requests, tokens assigned to replicas, each step written as
+operations, priced in seconds on the cluster, and played on the event engine.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from basis.errors import InputError
+from hwmodels.cluster import Cluster
+from simulator.batches import compose
+from simulator.deployment import Deployment, Workload
+from simulator.evidence import list_evidence
+from simulator.loads import count_loads
+from simulator.lowering import lower
+from simulator.memory import check_fits, memory_need
+from simulator.metrics import sampling_floor
+from simulator.pricing import PricedStep, price_step
+from simulator.result import Result, by_cause
+from simulator.steps import PlayedStep, plan_step, play
+from traces.model_spec import ModelSpec
+from traces.routing_trace import RoutingTrace, check_against_model
+
+
+def simulate(
+    model: ModelSpec,
+    trace: RoutingTrace,
+    cluster: Cluster,
+    deployment: Deployment,
+    workload: Workload,
+    *,
+    steps: int = 32,
+    seed: int = 0,
+) -> Result:
+    """Predict how a deployment performs on the work that a trace recorded.
+
+    Parameters
+    ----------
+    model : ModelSpec
+        Geometry that is deployed. It must agree with the trace in MoE layers, experts and top-k;
+        widths are the model's own.
+    trace : RoutingTrace
+        Routing to replay; pass the part that was not planned on.
+    cluster, deployment, workload : Cluster, Deployment, Workload
+        Where it runs, what was chosen, and what a step carries.
+    steps : int
+        Steps to simulate, back to back.
+    seed : int
+        Of the batch composition and of the replica rotation.
+
+    Raises
+    ------
+    InputError
+        If trace and model disagree, or the deployment does not match model or cluster.
+    InfeasibleError
+        If a rank's memory does not hold what it must.
+    """
+    if steps < 1:
+        raise InputError(f"steps {steps} -- must be at least 1")
+    check_against_model(trace, model)
+    dispatcher = deployment.dispatcher_for(model, cluster)
+    placement = dispatcher.placement
+    composition = compose(trace, workload, placement.num_ranks, steps=steps, seed=seed)
+    memory = memory_need(model, placement, composition.batches)
+    check_fits(memory, model, placement, cluster, workload.tokens)
+    loads = count_loads(model, trace, composition, dispatcher, seed=seed)
+    works = lower(model, loads)
+    priced = price_step(works, loads, cluster)
+    played, low, high = _play(priced, placement.num_ranks)
+    mean_tokens = round(float(loads.tokens.sum()) / loads.num_steps)
+    return Result(
+        step_times=np.array([step.step_time for step in played]),
+        step_times_low=low,
+        step_times_high=high,
+        seconds_by_cause=by_cause(played),
+        loads=loads,
+        memory=memory,
+        sampling_floor=sampling_floor(mean_tokens, model.top_k, placement.num_ranks, seed=seed),
+        evidence=list_evidence(trace, composition, works, priced, cluster),
+        composition=composition.statement,
+        seed=seed,
+        first_step=played[0],
+    )
+
+
+def _play(
+    priced: PricedStep, num_ranks: int
+) -> tuple[list[PlayedStep], NDArray[np.float64], NDArray[np.float64]]:
+    """Play the steps at the best estimate, and return the step times at both ends."""
+    plan = plan_step(priced.items, num_ranks)
+    low, high = (
+        np.array([play(plan, seconds).step_time for seconds in end])
+        for end in (priced.low, priced.high)
+    )
+    return [play(plan, seconds) for seconds in priced.seconds], low, high
