@@ -1,0 +1,1 @@
+"""What to do: where the experts go, how good that is, and the proof."""

@@ -1,0 +1,89 @@
+"""How good a deployment is on one part of a trace: simulated over several batch compositions.
+
+The same seeds compose the same batches for every deployment, so two scores compare like with
+like, and the spread of their ratio over seeds is the noise that a gain must exceed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.cluster import Cluster
+from planner.options import PlanOptions
+from simulator.deployment import Deployment, Workload
+from simulator.result import Result
+from simulator.simulate import simulate
+from traces.model_spec import ModelSpec
+from traces.routing_trace import RoutingTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a deployment is scored on; only the trace differs between parts."""
+
+    model: ModelSpec
+    cluster: Cluster
+    workload: Workload
+    options: PlanOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Results of one deployment, one per seed."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def step_times(self) -> NDArray[np.float64]:
+        """Step times of all seeds, seconds, [seeds * steps]."""
+        return np.concatenate([r.step_times for r in self.results])
+
+    def mean(self, name: str) -> float:
+        """Mean over seeds of one entry of `simulator.result.Result.summary`."""
+        return float(np.mean([r.summary()[name] for r in self.results]))
+
+    def summary(self) -> dict[str, float]:
+        """Means over seeds; step times are pooled over all steps. Units are in the names."""
+        names = [n for n, v in self.results[0].summary().items() if isinstance(v, float)]
+        p50, p99 = np.percentile(self.step_times, [50, 99])
+        pooled = {
+            "step_time_s": float(self.step_times.mean()),
+            "step_time_s_p50": float(p50),
+            "step_time_s_p99": float(p99),
+        }
+        return {n: self.mean(n) for n in names} | pooled | {"seeds": float(len(self.results))}
+
+    def gain_over(self, other: "Score") -> tuple[float, float]:
+        """Return the relative gain in throughput over ``other``, and its noise.
+
+        The noise is twice the standard error of the mean over paired seeds.
+        """
+        pairs = zip(self.results, other.results, strict=True)
+        gains = [mine.tokens_per_second / its.tokens_per_second - 1 for mine, its in pairs]
+        return float(np.mean(gains)), float(2 * np.std(gains, ddof=1) / np.sqrt(len(gains)))
+
+
+def score(facts: Facts, trace: RoutingTrace, deployment: Deployment) -> Score:
+    """Simulate a deployment on a part of the trace, once per seed.
+
+    Raises
+    ------
+    InfeasibleError
+        If it does not fit into memory.
+    """
+    options = facts.options
+    return Score(
+        results=tuple(
+            simulate(
+                facts.model,
+                trace,
+                facts.cluster,
+                deployment,
+                facts.workload,
+                steps=options.steps,
+                seed=options.seed + number,
+            )
+            for number in range(options.seeds)
+        )
+    )
