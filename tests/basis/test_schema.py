@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from basis import Bytes, BytesPerSecond, InputError, Strict, load, validate
 
@@ -14,8 +15,8 @@ class Part(Strict):
 class Whole(Strict):
     name: str
     size: Bytes
-    parts: dict[str, Part] = {}
-    list_of: list[Part] = []
+    parts: dict[str, Part] = Field(default_factory=dict)
+    list_of: list[Part] = Field(default_factory=list)
 
 
 def test_all_errors_at_once_with_path_and_nearest_key() -> None:

@@ -1,0 +1,125 @@
+"""The command line: parses, calls one function per command, and turns errors into exit codes.
+
+Exit codes: 0 done, 1 the answer is no (infeasible), 2 bad input. With ``--json`` the result goes
+to stdout as JSON and everything else to stderr.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from basis.errors import InfeasibleError, InputError, MoeplanError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; one test lists every option, so that they stay few."""
+    parser = argparse.ArgumentParser(
+        prog="moeplan", description="Predict and plan the deployment of MoE language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = _command(commands, "plan", "place the experts of a scenario, and prove how well")
+    plan.add_argument("scenario", type=Path, help="scenario YAML")
+    plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+
+    simulate = _command(commands, "simulate", "predict one deployment of a scenario")
+    simulate.add_argument("scenario", type=Path, help="scenario YAML")
+    simulate.add_argument(
+        "--deployment",
+        default="contiguous",
+        metavar="NAME|FILE",
+        help="contiguous, round_robin, eplb, or a plan.json or deployment file",
+    )
+    simulate.add_argument("--out", type=Path, metavar="DIR", help="write result and timeline here")
+
+    compare = _command(commands, "compare", "plan the same work on several clusters")
+    compare.add_argument("scenario", type=Path, help="scenario YAML; its cluster is replaced")
+    compare.add_argument(
+        "--clusters", nargs="+", required=True, metavar="NAME|FILE", help="clusters to compare"
+    )
+    compare.add_argument("--out", type=Path, metavar="DIR", help="write table and picture here")
+
+    trace = commands.add_parser("trace", help="look at or convert a routing trace")
+    verbs = trace.add_subparsers(dest="verb", required=True, metavar="VERB")
+    stats = _command(verbs, "stats", "is this trace skewed, local, predictable?")
+    stats.add_argument("trace", type=Path, help="Parquet or npz file")
+    convert = _command(verbs, "convert", "rewrite a trace as .parquet, .npz or .jsonl")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+
+    hardware = commands.add_parser("hardware", help="the catalog of devices and clusters")
+    verbs = hardware.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _command(verbs, "list", "names of devices and clusters")
+    show = _command(verbs, "show", "every figure of a device or cluster with its source")
+    show.add_argument("name", help="catalog name, or path of a YAML file")
+    check = _command(verbs, "check", "find sparse FLOPS, two-way links, GB for GiB")
+    check.add_argument(
+        "name", nargs="?", help="catalog name or YAML file; all of the catalog without"
+    )
+
+    export = _command(commands, "export", "write a plan as the file that an engine loads")
+    export.add_argument("plan", type=Path, help="plan.json")
+    export.add_argument("--to", required=True, choices=("sglang", "trtllm"), dest="engine")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    demo = _command(commands, "demo", "plan the bundled example")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        _check_packages()
+        options = build_parser().parse_args(arguments)
+        return _run(options)
+    except InfeasibleError as error:
+        lines = [
+            f"infeasible: {error}",
+            *(f"  would make it fit: {lever}" for lever in error.levers),
+        ]
+        print("\n".join(lines), file=sys.stderr)
+        return 1
+    except MoeplanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error} -- check the path", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from moeplan import commands  # heavy imports only once the arguments are good
+
+    name = "_".join(p for p in (options.command, getattr(options, "verb", None)) if p)
+    result = getattr(commands, name)(options)
+    if options.json:
+        json.dump(result, sys.stdout, indent=1, allow_nan=False)
+        sys.stdout.write("\n")
+    return 0
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="result as JSON on stdout")
+    return parser
+
+
+def _check_packages() -> None:
+    """Refuse to run on someone else's package of the same name (PyPI has a few)."""
+    import importlib.util
+
+    home = Path(__file__).resolve().parents[1]
+    for name in ("basis", "traces", "hwmodels", "simulator", "planner"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
+        if found != home:
+            raise InputError(
+                f"the package {name!r} that Python finds is not moeplan's ({found}) -- install "
+                "moeplan in an environment of its own: pipx install moeplan, or a fresh venv"
+            )

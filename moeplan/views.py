@@ -1,0 +1,174 @@
+"""Tables for the terminal: what a person reads after a command.
+
+They show the same figures as the JSON, rounded; nothing is computed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from basis.evidence import weakest
+from basis.units import format_quantity
+from hwmodels import Cluster, Finding
+from moeplan.compare_view import comparison_table
+from moeplan.scenario import Scenario
+from planner.plan import Plan
+from simulator.result import Result
+from traces.routing_trace import RoutingTrace
+
+
+def show_plan(screen: Console, plan: Mapping[str, Any], out: Path) -> None:
+    """Print the answer, the comparison and where the report lies."""
+    facts = plan["scenario"]
+    screen.print(f"\n[bold]{plan['verdict']['answer']}[/bold]\n")
+    screen.print(f"model    {facts['model']}: {facts['model_summary']}")
+    screen.print(f"trace    {facts['trace']}: {facts['trace_summary']}")
+    if facts["trace_note"]:
+        screen.print(f"         {facts['trace_note']}")
+    screen.print(f"cluster  {facts['cluster']}: {facts['cluster_summary']}")
+    screen.print(_plan_table(plan))
+    proof = plan["certificate"]
+    screen.print(
+        f"proof    busiest-rank load {proof['objective']:,.0f} tokens, no placement is below "
+        f"{proof['bound']:,.0f}: gap {proof['gap']:.2%} ({proof['status']})"
+    )
+    for warning in plan["warnings"]:
+        screen.print(f"warning  {warning}")
+    screen.print(f"report   {out / 'report.html'}")
+    screen.print(f"plan     {out / 'plan.json'}, engine files in {out / 'export'}")
+
+
+def _plan_table(plan: Mapping[str, Any]) -> Table:
+    nodes = max(plan["node_of_rank"]) + 1
+    title = f"held-out requests, split {plan['split']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("placement", no_wrap=True)
+    names = ["tokens/s", "step time", "p99", "straggler", "sends"]
+    for name in names + ["cross-node"] * (nodes > 1) + ["memory/rank"]:
+        table.add_column(name, justify="right")
+    for name, row in {"plan": plan["predicted"], **plan["baselines"]}.items():
+        cells = [
+            f"{row['tokens_per_second']:,.0f}",
+            format_quantity(row["step_time_s"], "s"),
+            format_quantity(row["step_time_s_p99"], "s"),
+            f"{row['straggler']:.3f}",
+            f"{row['cross_rank_sends']:.2f}",
+        ]
+        across = [f"{row['cross_node_sends']:.3f}"] * (nodes > 1)
+        memory = format_quantity(row["memory_bytes_fullest_rank"], "B")
+        table.add_row(name, *cells, *across, memory)
+    floor = plan["predicted"]["sampling_floor"]
+    table.caption = (
+        f"straggler: busiest over mean rank; even shares would give {floor:.3f}\n"
+        "sends: other ranks that a token visits in a layer"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def show_result(
+    screen: Console, scenario: Scenario, name: str, result: Result, out: Path | None
+) -> None:
+    """Print one simulation."""
+    row = result.summary()
+    table = Table(title=f"{name} on {scenario.cluster.name}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in row.items():
+        table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    for cause, seconds in result.seconds_by_cause.items():
+        if seconds:
+            table.add_row(f"  {cause}", format_quantity(seconds, "s"))
+    screen.print(table)
+    screen.print(result.composition)
+    if out:
+        screen.print(f"result   {out / 'result.json'}\ntimeline {out / 'timeline.json'}")
+
+
+def comparison_row(cluster: Cluster, found: Plan) -> dict[str, Any]:
+    """Return what `moeplan.compare_view` shows of one cluster."""
+    results = found.predicted.results
+    row = found.predicted.summary()
+    causes = results[0].seconds_by_cause
+    gain, noise = found.predicted.gain_over(found.baselines["contiguous"])
+    return {
+        "cluster": cluster.name,
+        "gpus": cluster.num_ranks,
+        "tokens_per_second": row["tokens_per_second"],
+        "low": row["tokens_per_second_low"],
+        "high": row["tokens_per_second_high"],
+        "step_time_s": row["step_time_s"],
+        "step_time_s_p99": row["step_time_s_p99"],
+        "tpot_s": row["step_time_s"] if results[0].loads.decode else None,
+        "straggler": row["straggler"],
+        "memory_bytes_per_rank": row["memory_bytes_fullest_rank"],
+        "memory_capacity_bytes": cluster.device.memory.capacity.value,
+        "gain_over_contiguous": gain,
+        "gain_over_contiguous_noise": noise,
+        "seconds_by_cause": {
+            c: sum(r.seconds_by_cause[c] for r in results) / len(results) for c in causes
+        },
+        "evidence": weakest(e.evidence for e in results[0].evidence if e.share),
+    }
+
+
+def show_comparison(
+    screen: Console, scenario: Scenario, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]
+) -> None:
+    """Print the clusters side by side."""
+    screen.print(f"{scenario.model.name}, {scenario.file.workload.tokens} tokens per step")
+    screen.print(comparison_table(list(rows)))
+    for file in files:
+        screen.print(f"wrote {file}")
+
+
+def show_statistics(screen: Console, trace: RoutingTrace, answer: Mapping[str, Any]) -> None:
+    """Print the statistics of a trace, one line each."""
+    meta = trace.meta
+    screen.print(f"{meta.model}: {trace.num_tokens:,} tokens of {trace.num_requests:,} requests")
+    screen.print(f"{trace.num_layers} MoE layers x {meta.num_experts} experts, top-{meta.top_k}")
+    table = Table(show_header=False)
+    for key, value in answer.items():
+        if isinstance(value, (int, float, str, bool)):
+            table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    screen.print(table)
+
+
+def show_catalog(screen: Console, names: Mapping[str, Sequence[str]]) -> None:
+    """Print the names in the catalog."""
+    for kind, entries in names.items():
+        screen.print(f"[bold]{kind}[/bold]")
+        for name in entries:
+            screen.print(f"  {name}")
+    screen.print("A cluster with a network also takes a number of nodes: hgx-h100-8x4.")
+
+
+def show_hardware(screen: Console, entry: Mapping[str, Any]) -> None:
+    """Print every figure of an entry with its source."""
+    table = Table("figure", "value", "evidence", "source", title=entry["name"])
+    _add_figures(table, entry, "")
+    screen.print(table)
+
+
+def _add_figures(table: Table, node: Any, path: str) -> None:
+    if isinstance(node, Mapping):
+        if "value" in node and "evidence" in node:
+            value = node["value"]
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            table.add_row(path, text, str(node["evidence"]), str(node.get("source", "")))
+            return
+        for key, inner in node.items():
+            _add_figures(table, inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        table.add_row(path, f"{node:.6g}", "", "")
+
+
+def show_findings(screen: Console, name: str, findings: Sequence[Finding]) -> None:
+    """Print what the guards found."""
+    for finding in findings:
+        screen.print(f"{finding.level}: {finding.where}: {finding.message}")
+    screen.print(f"{name}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
