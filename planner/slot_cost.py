@@ -3,8 +3,8 @@
 Tokens alone mislead: an expert's rows are padded to whole tiles and its weights are read once
 however few tokens come, so two ranks with equal tokens can differ in time. The cost is the
 priced expert kernel of one slot without its launch (every rank launches once), the moves of its
-rows, and their share of dispatch and combine; seconds per layer and step. Kernel models err by 10 to
-30 %, and tokens are the robust measure, so half of the weight stays on tokens (assumed, a hedge).
+rows, and their share of dispatch and combine; seconds per layer and step. Kernel models err by
+10 to 30 % and tokens are the robust measure, so half of the weight stays on tokens (assumed).
 """
 
 from collections.abc import Callable
