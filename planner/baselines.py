@@ -4,8 +4,6 @@ A baseline maps expert loads (token counts of any scale, [layers, experts]) and 
 slots and ranks to a `Placement`; `contiguous` and `round_robin` do not look at the loads.
 """
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +11,6 @@ from planner.eplb import eplb
 from simulator.placement import Placement
 
 Floats = NDArray[np.float64]
-Baseline = Callable[..., Placement]
 
 
 def contiguous(num_layers: int, num_experts: int, num_slots: int, num_ranks: int) -> Placement:
@@ -45,21 +42,3 @@ def _same_in_all_layers(
 ) -> Placement:
     tiled = np.tile(slots, (num_layers, 1))
     return Placement(slots=tiled, num_experts=num_experts, num_ranks=num_ranks)
-
-
-def _contiguous(loads: Floats, num_slots: int, num_ranks: int, **_: int) -> Placement:
-    layers, experts = loads.shape
-    return contiguous(layers, experts, num_slots, num_ranks)
-
-
-def _round_robin(loads: Floats, num_slots: int, num_ranks: int, **_: int) -> Placement:
-    layers, experts = loads.shape
-    return round_robin(layers, experts, num_slots, num_ranks)
-
-
-BASELINES: Mapping[str, Baseline] = {
-    "contiguous": _contiguous,
-    "round_robin": _round_robin,
-    "eplb": eplb_placement,
-}
-"""By name: (loads, num_slots, num_ranks, num_nodes=1, num_groups=1) -> Placement."""

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 _TRIAL_PATIENCE = 15  # rounds for a packing with new replica counts
 _ILP_VARIABLES = 800  # binaries; beyond, the ILP proves nothing in useful time
-_ILP_SECONDS = (0.1, 5.0)  # least and most for a layer: it succeeds soon or not at all
+_ILP_SECONDS = (0.1, 20.0)  # least and most for a layer: it succeeds soon or not at all
 
 
 def close_quickly(layers: LayerBatch, gap: float, seconds: float, seed: int) -> LayerBatch:

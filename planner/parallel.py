@@ -1,6 +1,6 @@
 """Run a function on several tasks at once, one Python process each.
 
-Worker processes are started as ``python -m planner.parallel``: unlike `multiprocessing` this
+Worker processes are started as ``python -c`` with this module: unlike `multiprocessing` this
 never imports the caller's main module again, so it works from scripts without a main guard,
 ``python -c``, notebooks and pytest alike.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from basis.errors import SolverError
+
+_COMMAND = "import sys; from planner.parallel import work; work(sys.argv[1])"
 
 
 def run_parallel(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -40,7 +42,7 @@ def run_parallel(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]])
         workers = []
         for path, task in zip(paths, tasks, strict=True):
             path.write_bytes(pickle.dumps((function.__module__, function.__name__, task)))
-            command = [sys.executable, "-m", "planner.parallel", str(path)]
+            command = [sys.executable, "-c", _COMMAND, str(path)]
             workers.append(
                 subprocess.Popen(
                     command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -64,11 +66,9 @@ def _result(worker: "subprocess.Popen[bytes]", path: Path) -> Any:
     return pickle.loads(path.read_bytes())
 
 
-def _work(path: Path) -> None:
-    module, name, task = pickle.loads(path.read_bytes())
+def work(path: str) -> None:
+    """Carry out the task in a file and leave its result there; runs in the worker."""
+    file = Path(path)
+    module, name, task = pickle.loads(file.read_bytes())
     function = getattr(importlib.import_module(module), name)
-    path.write_bytes(pickle.dumps(function(*task)))
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    file.write_bytes(pickle.dumps(function(*task)))

@@ -2,7 +2,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from basis.errors import InfeasibleError, InputError
@@ -72,12 +72,13 @@ def test_optimum_and_bound_on_tiny_layers(brute, seed, shape, dispatch):
     assert result.status == "optimal"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([(64, 80, 8), (128, 144, 16), (60, 64, 4), (256, 288, 32)]),
     st.sampled_from([0.9, 1.2, 2.0]),
 )
+@example(1147, (60, 64, 4), 1.2)  # good replica counts are far from the first ones
 def test_never_worse_than_eplb(seed, shape, tail):
     """Even where EPLB wastes no slot, and although it may host an expert twice on a rank."""
     experts, slots, ranks = shape

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from basis.errors import InputError
-from planner.baselines import BASELINES, contiguous, eplb_placement, round_robin
+from planner.baselines import contiguous, eplb_placement, round_robin
 from planner.eplb import eplb
 
 
@@ -27,10 +27,9 @@ def test_eplb_placement_holds_the_map_of_eplb():
     assert np.array_equal(placement.slots, eplb(loads, 16, 4, 2, 8))
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_every_baseline_by_name_is_a_valid_placement(name):
-    loads = np.random.default_rng(1).pareto(1.0, (2, 12))
-    placement = BASELINES[name](loads, 16, 8, num_nodes=2, num_groups=4)
+@pytest.mark.parametrize("place", [contiguous, round_robin])
+def test_placements_that_ignore_loads_are_valid(place):
+    placement = place(2, 12, 16, 8)
     assert placement.slots.shape == (2, 16)
     assert (placement.replicas >= 1).all()
 
