@@ -7,6 +7,7 @@ to stdout as JSON and everything else to stderr.
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         _check_packages()
         options = build_parser().parse_args(arguments)

@@ -147,24 +147,49 @@ def show_catalog(screen: Console, names: Mapping[str, Sequence[str]]) -> None:
     screen.print("A cluster with a network also takes a number of nodes: hgx-h100-8x4.")
 
 
+_UNITS = {
+    "capacity": "B",
+    "bandwidth": "B/s",
+    "flops": "FLOP/s",
+    "clock": "Hz",
+    "power": "W",
+    "launch": "s",
+    "startup": "s",
+    "latency": "s",
+    "ramp_bytes": "B",
+    "pin_rate": "B/s",
+    "stack_capacity": "B",
+    "lane_rate": "B/s",
+}
+"""Unit of a figure by the last word of its path, or the one before."""
+
+
 def show_hardware(screen: Console, entry: Mapping[str, Any]) -> None:
-    """Print every figure of an entry with its source."""
-    table = Table("figure", "value", "evidence", "source", title=entry["name"])
-    _add_figures(table, entry, "")
+    """Print every figure of an entry with its unit and source, then the citations."""
+    table = Table("figure", "value", "evidence", "source", title=entry["name"], box=box.SIMPLE)
+    sources: dict[str, str] = {}
+    _add_figures(table, entry, (), sources)
     screen.print(table)
+    for key, text in sources.items():
+        screen.print(f"[bold]{key}[/bold]: {text}")
 
 
-def _add_figures(table: Table, node: Any, path: str) -> None:
+def _add_figures(
+    table: Table, node: Any, path: tuple[str, ...], sources: dict[str, str], rests: Any = None
+) -> None:
     if isinstance(node, Mapping):
-        if "value" in node and "evidence" in node:
-            value = node["value"]
-            text = f"{value:.6g}" if isinstance(value, float) else str(value)
-            table.add_row(path, text, str(node["evidence"]), str(node.get("source", "")))
-            return
+        sources |= node.get("sources", {})
+        rests = node if "evidence" in node else rests
         for key, inner in node.items():
-            _add_figures(table, inner, f"{path}.{key}" if path else str(key))
+            _add_figures(table, inner, path if key == "value" else (*path, key), sources, rests)
     elif isinstance(node, (int, float)) and not isinstance(node, bool):
-        table.add_row(path, f"{node:.6g}", "", "")
+        evidence = (str(rests.get(k, "")) for k in ("evidence", "source")) if rests else ("", "")
+        table.add_row(".".join(path), _with_unit(path, node), *evidence)
+
+
+def _with_unit(path: tuple[str, ...], value: float) -> str:
+    unit = next((_UNITS[word] for word in path[:-3:-1] if word in _UNITS), None)
+    return format_quantity(value, unit, digits=4) if unit else f"{value:.6g}"
 
 
 def show_findings(screen: Console, name: str, findings: Sequence[Finding]) -> None:
