@@ -1,7 +1,7 @@
 """The answer in one sentence: is this plan worth deploying, and against what.
 
-A gain counts only above the noise of the batch composition (twice the standard error over paired
-seeds) and above 0.2 %, below which nobody would redeploy.
+A difference is a tie within the noise of the batch composition (twice the standard error over
+paired seeds) or 0.2 %, and a plan is worth deploying from 1 % over the engine's default.
 """
 
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 from planner.plan import Plan
 from planner.scoring import Score
 
-LEAST_GAIN = 0.002
+TIE = 0.002
 """Relative throughput below which a difference is called a tie whatever the noise; assumed."""
+WORTH = 0.01
+"""Relative throughput from which changing the placement is worth the trouble; assumed."""
 
 
 def judge(plan: Plan, other: Plan) -> dict[str, Any]:
     """Compare a plan with the engine's default and with EPLB, on held-out requests."""
     default, default_noise = plan.predicted.gain_over(plan.baselines["contiguous"])
     eplb, eplb_noise = plan.predicted.gain_over(plan.baselines["eplb"])
-    worth_it = default > max(default_noise, LEAST_GAIN)
-    tie = abs(eplb) <= max(eplb_noise, LEAST_GAIN)
+    worth_it = default > max(default_noise, WORTH)
+    tie = abs(eplb) <= max(eplb_noise, TIE)
     return {
         "answer": _sentence(default, eplb, worth_it=worth_it, tie=tie) + _without(plan),
         "worth_it": worth_it,
@@ -35,8 +37,8 @@ def judge(plan: Plan, other: Plan) -> dict[str, Any]:
 def _sentence(default: float, eplb: float, *, worth_it: bool, tie: bool) -> str:
     if not worth_it:
         return (
-            f"Not worth it: the plan changes throughput by {default:+.1%} against the engine's "
-            "default placement on requests that it was not planned on."
+            f"Not worth it: {default:+.1%} tokens/s against the engine's default placement on "
+            "requests that it was not planned on."
         )
     against = (
         "as good as EPLB (a tie)"
@@ -56,7 +58,7 @@ def _without(plan: Plan) -> str:
     if plan.without_redundancy is None:
         return ""
     over_plan, noise = plan.without_redundancy.gain_over(plan.predicted)
-    if over_plan <= max(noise, LEAST_GAIN):
+    if over_plan <= max(noise, TIE):
         return ""
     over_default, _ = plan.without_redundancy.gain_over(plan.baselines["contiguous"])
     return (

@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is not a wrong result: no test asserts a time.
+settings.register_profile("moeplan", deadline=None)
+settings.load_profile("moeplan")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Wrong device and cluster files, each refused (or warned of) with the message that helps."""
 
 import copy
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from basis import InputError, validate
 from hwmodels import Cluster, Device, check_cluster, check_device, load_cluster, load_device
 
-CATALOG = Path(__file__).parents[2] / "hwmodels" / "catalog"
+CATALOG = Path(str(files("hwmodels"))) / "catalog"
 
 
 def changed(data: dict[str, Any], path: str, value: object) -> dict[str, Any]:
