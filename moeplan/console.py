@@ -16,7 +16,7 @@ def of(options: argparse.Namespace) -> Console:
     """Return the console for tables."""
     screen = Console(stderr=bool(options.json), highlight=False, soft_wrap=True)
     if not screen.is_terminal:
-        screen.width = 120  # a file or a pipe has no width of its own
+        screen.width = 140  # a file or a pipe has no width of its own
     return screen
 
 
