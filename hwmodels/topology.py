@@ -109,11 +109,6 @@ class Cluster(Strict):
             raise InputError(f"{self.name}: no interconnect -- a node has one device")
         return self.node.interconnect
 
-    @property
-    def inter(self) -> Link | None:
-        """A rank's port to other nodes; None where there are none."""
-        return self.network
-
     def memory(self, name: str) -> Memory:
         """Return a memory of the device or the node by name.
 
