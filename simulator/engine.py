@@ -1,8 +1,10 @@
-"""The event engine: streams that work off their tasks in order, and collectives that rendezvous.
+"""The event engine: streams that work in order, collectives that rendezvous, shared resources.
 
 A stream is a queue of one rank's tasks, as a CUDA stream is: tasks run one at a time in the order
-given, each after the tasks that it names. A collective is one task on each of its ranks: it begins
-when the last of them is ready and ends for all together. Times are seconds from the start.
+given, each after the tasks that it names and not before its release. A collective is one task on
+each of its ranks: it begins when the last is ready and ends for all together. A resource (a link,
+a copy engine, a server) serves one task at a time, the most urgent first, then first come first
+served. Times are seconds from the start.
 """
 
 import math
@@ -29,6 +31,13 @@ class Schedule:
     """Tasks that must have ended before this one begins, by row."""
     collective: NDArray[np.int64]
     """Number of the collective that the task takes part in, [tasks]; -1 for none."""
+    resource: NDArray[np.int64] | None = None
+    """Number of the resource that the task needs while it runs, [tasks]; -1 for none. Not for
+    tasks of a collective."""
+    release: NDArray[np.float64] | None = None
+    """Seconds before which the task does not begin, [tasks]; arrivals."""
+    urgency: NDArray[np.int64] | None = None
+    """Who goes first at a resource, [tasks]: larger before smaller; running tasks go on."""
 
     @cached_property
     def queues(self) -> dict[tuple[int, int], list[int]]:
@@ -48,7 +57,7 @@ class Schedule:
 class Times:
     """When each task was ready, began and ended, seconds, [tasks] each.
 
-    ``start - ready`` is the time a rank waited for the others of a collective.
+    ``start - ready`` is the time a task waited for the others of a collective or for a resource.
     """
 
     ready: NDArray[np.float64]
@@ -82,20 +91,30 @@ def run(schedule: Schedule, seconds: NDArray[np.float64]) -> Times:
     took = seconds.tolist()
     joins = _gather(env, schedule, took)
     ended = {row: joins[row].done if row in joins else env.event() for row in schedule.awaited}
+    uses = _resources(env, schedule)
+    release = {} if schedule.release is None else dict(enumerate(schedule.release.tolist()))
+    urgency = {} if schedule.urgency is None else dict(enumerate(schedule.urgency.tolist()))
 
     def stream(rows: list[int]) -> Generator[Any, Any, None]:
         for row in rows:
             for earlier in schedule.after[row]:
                 if not ended[earlier].processed:
                     yield ended[earlier]
+            if release.get(row, 0.0) > env.now:
+                yield env.timeout(release[row] - env.now)
             ready[row] = start[row] = env.now
             if row in joins:
                 yield from _join(env, joins[row])
                 start[row] = joins[row].start
+            elif row in uses:
+                with uses[row].request(priority=-urgency.get(row, 0)) as turn:
+                    yield turn
+                    start[row] = env.now
+                    yield env.timeout(took[row])
             else:
                 yield env.timeout(took[row])
-                if row in ended:
-                    ended[row].succeed()
+            if row in ended and row not in joins:
+                ended[row].succeed()
             end[row] = env.now
 
     for rows in schedule.queues.values():
@@ -119,6 +138,15 @@ def _gather(
             collective.missing += 1
             collective.seconds = max(collective.seconds, took[row])
     return joins
+
+
+def _resources(env: simpy.Environment, schedule: Schedule) -> dict[int, simpy.PriorityResource]:
+    """Return the resource of each row that needs one."""
+    if schedule.resource is None:
+        return {}
+    numbers = schedule.resource.tolist()
+    made = {n: simpy.PriorityResource(env) for n in sorted(set(numbers)) if n >= 0}
+    return {row: made[n] for row, n in enumerate(numbers) if n >= 0}
 
 
 def _join(env: simpy.Environment, collective: _Collective) -> Generator[Any, Any, None]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hwmodels.ops import AllToAll, Gemm, GroupedGemm, Op, Permute, Route, Stage
 from simulator.attention import attention
 from simulator.loads import StepLoads
+from simulator.program import Stream
 from simulator.work import Rows, Work
 from traces.model_spec import ModelSpec
 
@@ -108,4 +109,14 @@ def _exchange(
     if ranks == 1:
         return []
     op = AllToAll(traffic=sent.reshape(steps * count, ranks, ranks))
-    return [Work(name=name, stage=stage, op=op, shape=(steps, count, 1), layers=layers)]
+    return [
+        Work(
+            name=name,
+            stage=stage,
+            op=op,
+            shape=(steps, count, 1),
+            layers=layers,
+            stream=Stream.COMMUNICATION,
+            groups=(0,) * ranks,
+        )
+    ]

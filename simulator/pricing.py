@@ -1,5 +1,6 @@
 """Seconds for every kernel of a step at its place in the step, with interval and evidence."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,25 +10,14 @@ from numpy.typing import NDArray
 from basis.evidence import Evidence
 from hwmodels.cluster import Cluster
 from hwmodels.cost import price
-from hwmodels.ops import Stage
 from simulator.loads import StepLoads
+from simulator.program import Item
 from simulator.work import Work
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """A kernel at its place in the step."""
-
-    name: str
-    stage: Stage
-    layer: int
-    """Layer of the model, as in `Work.layers`."""
-    collective: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PricedStep:
-    """The kernels of a step in the order in which every rank runs them, with their times."""
+    """The kernels of a step as a program, with their times."""
 
     items: tuple[Item, ...]
     seconds: NDArray[np.float64]
@@ -45,15 +35,12 @@ def price_step(works: Sequence[Work], loads: StepLoads, cluster: Cluster) -> Pri
     estimates = {name: np.zeros(shape) for name in ("seconds", "low", "high")}
     evidence = []
     for number, work in enumerate(works):
-        priced = price(work.op, cluster)
+        priced = price(work.op, cluster, on=work.on) if work.on else price(work.op, cluster)
         evidence.append(priced.evidence)
         here = [i for i, (w, _) in enumerate(places) if w == number]
         for name, table in estimates.items():
             table[:, here, :] = np.reshape(getattr(priced, name), work.shape)
-    items = tuple(
-        Item(name=works[w].name, stage=works[w].stage, layer=n, collective=works[w].collective)
-        for w, n in places
-    )
+    items = _items([(works[number], layer) for number, layer in places])
     return PricedStep(items=items, evidence=tuple(evidence), **estimates)
 
 
@@ -63,3 +50,28 @@ def _program(works: Sequence[Work]) -> Iterator[tuple[int, int]]:
         for number, work in enumerate(works):
             if layer in work.layers:
                 yield number, layer
+
+
+def _items(places: Sequence[tuple[Work, int]]) -> tuple[Item, ...]:
+    """Name the earlier items that each one waits for by their place."""
+    seen: dict[str, list[int]] = defaultdict(list)
+    items = []
+    for place, (work, layer) in enumerate(places):
+        after = None
+        if work.after is not None:
+            after = tuple(
+                seen[name][-1 - back] for name, back in work.after if back < len(seen[name])
+            )
+        items.append(
+            Item(
+                name=work.name,
+                stage=work.stage,
+                layer=layer,
+                stream=work.stream,
+                after=after,
+                groups=work.groups,
+                resource=work.resource,
+            )
+        )
+        seen[work.name].append(place)
+    return tuple(items)

@@ -16,7 +16,7 @@ from simulator.evidence import EvidenceItem
 from simulator.loads import StepLoads
 from simulator.memory import MemoryNeed
 from simulator.metrics import straggler
-from simulator.steps import PlayedStep
+from simulator.program import Played
 from simulator.timeline import timeline
 
 
@@ -40,7 +40,7 @@ class Result:
     composition: str
     """How the steps were composed, in a sentence."""
     seed: int
-    first_step: PlayedStep
+    first_step: Played
     """The first step in time, for the timeline."""
 
     @property
@@ -94,7 +94,7 @@ class Result:
     @property
     def timeline(self) -> dict[str, Any]:
         """The first step as a Perfetto timeline (Chrome JSON object)."""
-        return timeline([self.first_step])
+        return timeline(self.first_step)
 
     def summary(self) -> dict[str, float | int | str]:
         """Return the headline as JSON scalars; units are in the keys (``_s`` is seconds)."""
@@ -144,19 +144,23 @@ class Result:
         return float(sends.sum() / (self.loads.tokens.sum() * sends.shape[1]))
 
 
-def by_cause(steps: list[PlayedStep]) -> dict[str, float]:
+def by_cause(played: Played) -> dict[str, float]:
     """Split the step time by cause, seconds per step, mean over ranks and steps.
 
     Returns
     -------
     dict
-        A value for every stage, then ``wait``: at collectives for slower ranks, and at the end of
-        the step.
+        A value for every stage, then ``wait``: time in which nothing runs on a rank, at
+        collectives for slower ranks and at the end of the step; and, where streams overlap,
+        ``overlapped``: minus the time that runs beside something else. Sums to the step time.
     """
-    causes = {stage.value: 0.0 for stage in Stage} | {"wait": 0.0}
-    for step in steps:
-        per_item = step.seconds.mean(axis=1)
-        for item, seconds in zip(step.plan.items, per_item.tolist(), strict=True):
-            causes[item.stage.value] += seconds
-        causes["wait"] += float(step.wait.mean())
-    return {cause: seconds / len(steps) for cause, seconds in causes.items()}
+    causes = {stage.value: 0.0 for stage in Stage}
+    per_item = played.busy.mean(axis=(0, 2))
+    for item, seconds in zip(played.items, per_item.tolist(), strict=True):
+        causes[item.stage.value] += seconds
+    busy, total = sum(causes.values()), float(played.step_times.mean())
+    idle = float(played.idle.mean())
+    overlapped = total - idle - busy
+    if abs(overlapped) <= 1e-9 * total:
+        return causes | {"wait": total - busy}
+    return causes | {"wait": idle, "overlapped": overlapped}

@@ -1,11 +1,8 @@
 """From a model, a trace, a cluster and a deployment to a Result: the front of the simulator.
 
 Batches are composed from the trace's requests, tokens assigned to replicas, each step written as
-operations, priced in seconds on the cluster, and played on the event engine.
+operations, priced in seconds on the cluster, and played as a program of streams and collectives.
 """
-
-import numpy as np
-from numpy.typing import NDArray
 
 from basis.errors import InputError
 from hwmodels.cluster import Cluster
@@ -16,9 +13,9 @@ from simulator.loads import count_loads
 from simulator.lowering import lower
 from simulator.memory import check_fits, memory_need
 from simulator.metrics import sampling_floor
-from simulator.pricing import PricedStep, price_step
+from simulator.pricing import price_step
+from simulator.program import play
 from simulator.result import Result, by_cause
-from simulator.steps import PlayedStep, plan_step, play
 from traces.model_spec import ModelSpec
 from traces.routing_trace import RoutingTrace, check_against_model
 
@@ -67,12 +64,12 @@ def simulate(
     loads = count_loads(model, trace, composition, dispatcher, seed=seed)
     works = lower(model, loads)
     priced = price_step(works, loads, cluster)
-    played, low, high = _play(priced, placement.num_ranks)
+    played = play(priced.items, priced.seconds)
     mean_tokens = round(float(loads.tokens.sum()) / loads.num_steps)
     return Result(
-        step_times=np.array([step.step_time for step in played]),
-        step_times_low=low,
-        step_times_high=high,
+        step_times=played.step_times,
+        step_times_low=play(priced.items, priced.low).step_times,
+        step_times_high=play(priced.items, priced.high).step_times,
         seconds_by_cause=by_cause(played),
         loads=loads,
         memory=memory,
@@ -80,17 +77,5 @@ def simulate(
         evidence=list_evidence(trace, composition, works, priced, cluster),
         composition=composition.statement,
         seed=seed,
-        first_step=played[0],
+        first_step=played.step(0),
     )
-
-
-def _play(
-    priced: PricedStep, num_ranks: int
-) -> tuple[list[PlayedStep], NDArray[np.float64], NDArray[np.float64]]:
-    """Play the steps at the best estimate, and return the step times at both ends."""
-    plan = plan_step(priced.items, num_ranks)
-    low, high = (
-        np.array([play(plan, seconds).step_time for seconds in end])
-        for end in (priced.low, priced.high)
-    )
-    return [play(plan, seconds) for seconds in priced.seconds], low, high

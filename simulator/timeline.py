@@ -12,30 +12,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from simulator.steps import COMMUNICATION, COMPUTE, PlayedStep
+from simulator.program import Played
 
 Event = dict[str, Any]
-_STREAMS = {COMPUTE: "compute", COMMUNICATION: "communication"}
 _MICRO = 1e6
 
 
-def timeline(steps: Sequence[PlayedStep]) -> dict[str, Any]:
-    """Draw steps, back to back.
+def timeline(played: Played) -> dict[str, Any]:
+    """Draw all steps, back to back.
 
     Returns
     -------
     dict
         JSON object with ``traceEvents``; write it to a file and open it in ui.perfetto.dev.
     """
-    events = list(_names(steps[0].plan.num_ranks))
+    events = list(_names(played))
     ids = itertools.count(1)
     begin = 0.0
-    for number, step in enumerate(steps):
+    for number, length in enumerate(played.step_times.tolist()):
+        step = played.step(number)
         events += _slices(step, begin, number)
         events += _arrows(step, begin, ids)
-        begin += step.step_time
+        begin += length
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
@@ -68,8 +66,9 @@ def check_timeline(events: Sequence[Event]) -> list[str]:
     return problems
 
 
-def _names(num_ranks: int) -> Iterator[Event]:
-    for rank in range(num_ranks):
+def _names(played: Played) -> Iterator[Event]:
+    streams = sorted({item.stream for item in played.items})
+    for rank in range(played.num_ranks):
         yield {
             "ph": "M",
             "pid": rank + 1,
@@ -77,33 +76,24 @@ def _names(num_ranks: int) -> Iterator[Event]:
             "name": "process_name",
             "args": {"name": f"rank {rank}"},
         }
-        for stream, name in _STREAMS.items():
+        for stream in streams:
             yield {
                 "ph": "M",
                 "pid": rank + 1,
                 "tid": stream + 1,
                 "name": "thread_name",
-                "args": {"name": name},
+                "args": {"name": stream.name.lower()},
             }
 
 
-def _slices(step: PlayedStep, begin: float, number: int) -> Iterator[Event]:
-    """One slice per kernel and rank, and one per wait; those of no length are left out."""
-    plan, times = step.plan, step.times
-    last = [*plan.first[1:].tolist(), len(plan.items)]
-    for run, (low, high) in enumerate(zip(plan.first.tolist(), last, strict=True)):
-        stream = COMMUNICATION if plan.collective[run] else COMPUTE
-        for rank in range(plan.num_ranks):
-            row = run * plan.num_ranks + rank
-            start = begin + times.start[row]
-            edges = start + np.concatenate(([0.0], np.cumsum(step.seconds[low:high, rank])))
-            spans = [
-                (item.stage.value, f"{item.name} L{item.layer}", edges[i], edges[i + 1])
-                for i, item in enumerate(plan.items[low:high])
-            ]
-            spans.insert(0, ("wait", "wait", begin + times.ready[row], start))
-            for stage, name, since, until in spans:
-                yield from _slice(rank, stream, stage, name, since, until, number)
+def _slices(step: Played, begin: float, number: int) -> Iterator[Event]:
+    """One slice per kernel and rank, and one per wait at a collective or a shared resource."""
+    for i, item in enumerate(step.items):
+        for rank in range(step.num_ranks):
+            ready, start, end = (begin + t[0, i, rank] for t in (step.ready, step.start, step.end))
+            yield from _slice(rank, item.stream, "wait", "wait", ready, start, number)
+            name = f"{item.name} L{item.layer}"
+            yield from _slice(rank, item.stream, item.stage.value, name, start, end, number)
 
 
 def _slice(
@@ -123,22 +113,29 @@ def _slice(
         }
 
 
-def _arrows(step: PlayedStep, begin: float, ids: Iterator[int]) -> Iterator[Event]:
+def _arrows(step: Played, begin: float, ids: Iterator[int]) -> Iterator[Event]:
     """From the rank that came last to a collective to each rank that waited for it."""
-    plan, times = step.plan, step.times
-    for run in np.flatnonzero(plan.collective).tolist():
-        rows = slice(run * plan.num_ranks, (run + 1) * plan.num_ranks)
-        ready, start, end = times.ready[rows], begin + times.start[rows], begin + times.end[rows]
-        holder = int(ready.argmax())
-        quarter, middle = (
-            _micro(start[0] + (end[0] - start[0]) / 4),
-            _micro((start[0] + end[0]) / 2),
-        )
-        if middle <= _micro(start[0]):
-            continue  # free communication has no slice to point at
-        name = f"held up at {plan.items[plan.first[run]].name}"
-        for rank in np.flatnonzero(ready < ready[holder]).tolist():
-            shared = {"tid": COMMUNICATION + 1, "cat": "wait", "name": name, "id": next(ids)}
+    for i, item in enumerate(step.items):
+        if item.groups is None:
+            continue
+        for group in sorted(set(item.groups)):
+            members = [rank for rank, its in enumerate(item.groups) if its == group]
+            yield from _held_up(step, i, members, begin, ids)
+
+
+def _held_up(
+    step: Played, i: int, members: list[int], begin: float, ids: Iterator[int]
+) -> Iterator[Event]:
+    item, ready = step.items[i], step.ready[0, i]
+    start, end = begin + step.start[0, i, members[0]], begin + step.end[0, i, members[0]]
+    holder = max(members, key=lambda rank: float(ready[rank]))
+    quarter, middle = _micro(start + (end - start) / 4), _micro((start + end) / 2)
+    if middle <= _micro(start):
+        return  # free communication has no slice to point at
+    name = f"held up at {item.name}"
+    for rank in members:
+        if ready[rank] < ready[holder]:
+            shared = {"tid": item.stream + 1, "cat": "wait", "name": name, "id": next(ids)}
             yield {"ph": "s", "pid": holder + 1, "ts": quarter, **shared}
             yield {"ph": "f", "bp": "e", "pid": rank + 1, "ts": middle, **shared}
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
-from hwmodels.ops import AllToAll, Elementwise, Gemm, Op, Stage
+from hwmodels.ops import Elementwise, Gemm, Op, Stage
 from simulator.loads import StepLoads
+from simulator.program import Stream
 from traces.model_spec import ModelSpec
 
 
@@ -27,11 +28,17 @@ class Work:
     """(steps, layers, ranks); 1 where one row serves all."""
     layers: tuple[int, ...]
     """Layers of the model that have it; -1 is before the first, ``num_layers`` after the last."""
-
-    @property
-    def collective(self) -> bool:
-        """Whether all ranks work on it together."""
-        return isinstance(self.op, AllToAll)
+    stream: Stream = Stream.COMPUTE
+    after: tuple[tuple[str, int], ...] | None = None
+    """What must have ended on the same rank, as (name of the work, back): the last item of that
+    name before this one, or ``back`` items earlier; what does not exist is not waited for.
+    None = the item before this one."""
+    groups: tuple[int, ...] | None = None
+    """Of a collective, the group of each rank, [ranks]; None = each rank by itself."""
+    resource: str | None = None
+    """What ranks share and use one at a time; None = nothing."""
+    on: str | None = None
+    """Processor that runs it; None = the device's first."""
 
 
 class Rows:

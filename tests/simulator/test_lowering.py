@@ -233,8 +233,8 @@ def test_the_combine_sends_back_what_the_dispatch_brought(
     there, back = (by_name[n].op.traffic for n in ("dispatch", "combine"))  # type: ignore[union-attr]
     assert (there != there.swapaxes(1, 2)).any()
     assert (back == there.swapaxes(1, 2)).all()
-    assert by_name["dispatch"].collective
-    assert not by_name["experts"].collective
+    assert by_name["dispatch"].groups == (0, 0, 0, 0)
+    assert by_name["experts"].groups is None
 
 
 def test_tokens_per_slot_equal_a_plain_count(

@@ -15,7 +15,7 @@ from simulator.dispatch import Dispatcher
 from simulator.loads import count_loads
 from simulator.lowering import lower
 from simulator.pricing import price_step
-from simulator.steps import PlayedStep, plan_step, play
+from simulator.program import Played, play
 from traces import ModelSpec, RoutingTrace
 
 ModelOf = Callable[..., ModelSpec]
@@ -37,7 +37,7 @@ def _play(
     cluster: Cluster,
     placement: Placement,
     home: NDArray[np.int64],
-) -> PlayedStep:
+) -> Played:
     """One decode step of all tokens of the trace with given homes."""
     batch = StepBatch(
         rows=np.arange(trace.num_tokens),
@@ -49,7 +49,7 @@ def _play(
     dispatcher = Dispatcher(placement=placement, dispatch="even", node_of=cluster.node_of)
     loads = count_loads(model, trace, steps, dispatcher)
     priced = price_step(lower(model, loads), loads, cluster)
-    return play(plan_step(priced.items, cluster.num_ranks), priced.seconds[0])
+    return play(priced.items, priced.seconds)
 
 
 def test_one_rank_equals_the_sum_of_its_ops(
@@ -71,10 +71,10 @@ def test_one_rank_equals_the_sum_of_its_ops(
         price(work.op, cluster).seconds.sum() * len(work.layers) / work.shape[1] for work in works
     )
     played = price_step(works, loads, cluster)
-    step = play(plan_step(played.items, 1), played.seconds[0])
+    step = play(played.items, played.seconds[:1])
     assert {work.name for work in works}.isdisjoint({"dispatch", "combine"})
-    assert step.step_time == pytest.approx(total, rel=1e-12)
-    assert step.wait.max() == pytest.approx(0, abs=1e-12 * total)
+    assert step.step_times[0] == pytest.approx(total, rel=1e-12)
+    assert step.idle.max() == pytest.approx(0, abs=1e-12 * total)
 
 
 def test_uniform_all_to_all_equals_the_closed_form(
@@ -155,7 +155,7 @@ def test_relieving_the_busiest_rank_never_costs_time_when_communication_is_free(
     moved[layer, [give, take]] = moved[layer, [take, give]]
     after = Placement(slots=moved, num_experts=8, num_ranks=4)
     home = rng.integers(4, size=tokens)
-    old, new = (_play(model, trace, cluster, p, home).step_time for p in (before, after))
+    old, new = (_play(model, trace, cluster, p, home).step_times[0] for p in (before, after))
     assert load[3] == 0
     assert new <= old * (1 + 1e-12)
 
@@ -172,7 +172,7 @@ def test_moving_an_expert_saves_its_compute_less_the_communication_it_adds(
     before = contiguous(model, 4)
     after = Placement(slots=np.array([[0, 6, 2, 3, 4, 5, 1, 7]]), num_experts=8, num_ranks=4)
     home = np.zeros(tokens, dtype=np.int64)
-    old, new = (_play(model, trace, cluster, p, home) for p in (before, after))
+    old, new = (_play(model, trace, cluster, p, home).step_times[0] for p in (before, after))
 
     device = cluster.device
     grouped, permute = (device.kernel(n, "bf16")[0] for n in ("grouped_gemm", "permute"))  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_moving_an_expert_saves_its_compute_less_the_communication_it_adds(
     link = cluster.intra
     one_way = tokens * hidden * 2 / (link.cost("all_to_all").efficiency * link.bandwidth.value)
     saved = ffn(2) + permutes(2) - ffn(1) - permutes(1)
-    assert old.step_time - new.step_time == pytest.approx(saved - 2 * one_way, rel=1e-9)
+    assert old - new == pytest.approx(saved - 2 * one_way, rel=1e-9)
     assert saved > 2 * one_way > 0
 
 
@@ -216,9 +216,9 @@ def test_no_step_beats_its_bounds_and_causes_add_up(
         seed=seed,
     )
     step = result.first_step
-    own = step.seconds.sum(axis=0)
-    assert step.step_time >= own.max() * (1 - 1e-12)
-    assert own + step.wait == pytest.approx(step.step_time, rel=1e-12)
+    own = step.busy[0].sum(axis=0)
+    assert step.step_times[0] >= own.max() * (1 - 1e-12)
+    assert own + step.idle[0] == pytest.approx(step.step_times[0], rel=1e-9)
     assert sum(result.seconds_by_cause.values()) == pytest.approx(
         result.step_time_s["mean"], rel=1e-12
     )
@@ -232,8 +232,10 @@ def test_a_step_is_the_sum_over_phases_of_the_slowest_rank(
     model = make_model()
     result = _simulate(model, make_trace(model), cluster_of(4), contiguous(model, 4), batch=30)
     step = result.first_step
-    runs = np.add.reduceat(step.seconds, step.plan.first, axis=0)
-    assert step.step_time == pytest.approx(runs.max(axis=1).sum(), rel=1e-12)
+    together = np.array([item.groups is not None for item in step.items])
+    begins = np.append(True, together[1:] | together[:-1])
+    runs = np.add.reduceat(step.busy[0], np.flatnonzero(begins), axis=0)
+    assert step.step_times[0] == pytest.approx(runs.max(axis=1).sum(), rel=1e-9)
 
 
 def test_the_same_seed_gives_the_same_result(
