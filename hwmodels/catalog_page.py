@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from basis import format_quantity
 from hwmodels.cluster import catalog_names, load_cluster, load_device
-from hwmodels.device import Device, Memory, Processor
+from hwmodels.device import DEFAULT_KERNELS, Device, Memory, Processor
 from hwmodels.figures import Figure, HeldOut, KernelCost, TransferCost
 from hwmodels.link import Link
 from hwmodels.topology import Cluster, Node
@@ -50,10 +50,19 @@ def render() -> str:
         _HEAD,
         "## Devices\n",
         _device_table(devices),
+        "## Memories of a node\n",
+        "Figures are the share of one device. A second processor of a device and those of a node "
+        "follow.\n",
+        _memory_table(clusters),
+        "## Processors beside the first of a device\n",
+        "*Reads*: what it draws from its memory, the memory's own bandwidth unless the file says "
+        "otherwise.\n",
+        _processor_table(devices, clusters),
         "## Kernel parameters\n",
         "Held out: median and mean of |predicted / measured - 1| on shapes that the fit did not "
-        "see.\nInterval: ratio of the true time to the predicted one.\n",
-        *(_kernel_table(device) for device in devices),
+        "see.\nInterval: ratio of the true time to the predicted one. Kernels that a file leaves "
+        "out have the assumed\nround figures of the [cost model](cost-model.md).\n",
+        *(_kernel_table(title, processor) for title, processor in _kernels(devices, clusters)),
         "## Clusters\n",
         _cluster_table(clusters),
         "## Transfer parameters\n",
@@ -99,7 +108,67 @@ def _interval(cost: KernelCost | TransferCost) -> list[str]:
     return [f"{cost.low:.2f} - {cost.high:.2f}", cost.evidence, errors]
 
 
-def _kernel_table(device: Device) -> str:
+def _memory_table(clusters: list[Cluster]) -> str:
+    head = ["cluster", "memory", "kind", "capacity", "bandwidth"]
+    rows = [
+        [
+            f"`{cluster.name}`",
+            f"`{name}`",
+            memory.kind,
+            f"{memory.capacity.value / 2**30:.0f} GiB",
+            _figure(memory.bandwidth, "B/s"),
+        ]
+        for cluster in clusters
+        for name, memory in cluster.node.memories.items()
+    ]
+    return _table(head, rows)
+
+
+def _others(
+    devices: list[Device], clusters: list[Cluster]
+) -> list[tuple[str, str, Processor, Memory]]:
+    """List processors that are not the first of a device: owner, name, itself, its memory."""
+    inside = [
+        (device.name, name, processor, device.memories[processor.memory])
+        for device in devices
+        for name, processor in list(device.processors.items())[1:]
+    ]
+    beside = [
+        (cluster.name, name, processor, cluster.memory(processor.memory))
+        for cluster in clusters
+        for name, processor in cluster.node.processors.items()
+    ]
+    return inside + beside
+
+
+def _processor_table(devices: list[Device], clusters: list[Cluster]) -> str:
+    head = ["device or cluster", "processor", "memory", "reads", "units", "clock", "bf16", "int8"]
+    rows = []
+    for owner, name, processor, memory in _others(devices, clusters):
+        units = "-" if processor.compute_units is None else str(processor.compute_units.value)
+        rows.append(
+            [
+                f"`{owner}`",
+                f"`{name}`",
+                f"`{processor.memory}`",
+                _figure(processor.bandwidth or memory.bandwidth, "B/s"),
+                units,
+                _figure(processor.clock, "Hz"),
+                _figure(processor.flops["bf16"], "FLOP/s"),
+                _figure(processor.flops.get("int8"), "FLOP/s"),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _kernels(devices: list[Device], clusters: list[Cluster]) -> list[tuple[str, Processor]]:
+    """List every processor with the title of its table of kernels."""
+    first = [(device.name, device.processor) for device in devices]
+    others = [(f"{owner}, {name}", p) for owner, name, p, _ in _others(devices, clusters)]
+    return first + others
+
+
+def _kernel_table(title: str, processor: Processor) -> str:
     head = ["kernel", "format", "launch", "compute", "memory", "tile rows", "ramp"]
     rows = [
         [
@@ -112,10 +181,11 @@ def _kernel_table(device: Device) -> str:
             format_quantity(cost.ramp_bytes, "B"),
             *_interval(cost),
         ]
-        for kernel, by_dtype in device.processor.kernels.items()
+        for kernel, by_dtype in processor.kernels.items()
         for dtype, cost in by_dtype.items()
+        if by_dtype is not DEFAULT_KERNELS[kernel]
     ]
-    return f"### {device.name}\n\n" + _table([*head, "interval", "evidence", "held out"], rows)
+    return f"### {title}\n\n" + _table([*head, "interval", "evidence", "held out"], rows)
 
 
 def _links(cluster: Cluster) -> dict[str, Link]:

@@ -1,8 +1,9 @@
 """Guards against the mistakes that data sheets invite.
 
 Sparse FLOP/s taken for dense (twice too fast), both directions of a link added up, GB for GiB,
-a bandwidth that the pins cannot carry. Each check compares a figure with what its parts give
-and answers with findings; an ``error`` stops the loading of a file, a ``warning`` is only told.
+a bandwidth that the pins cannot carry, a drive faster than its lanes. Each check compares a
+figure with what its parts give and answers with findings; an ``error`` stops the loading of a
+file, a ``warning`` is only told.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from pydantic import BaseModel
 
 from basis import format_quantity
 from hwmodels.device import Device, Memory, Processor
-from hwmodels.link import ONE_WAY_RATE, Link
-from hwmodels.topology import Cluster
+from hwmodels.link import FULL_LANES, ONE_WAY_RATE, Link
+from hwmodels.topology import Cluster, Node
 
 KNOWN_SPARSE: dict[str, dict[str, float]] = {
     "bf16": {
@@ -58,8 +59,11 @@ class Finding:
 
 def check_device(device: Device) -> list[Finding]:
     """Check one device: dense rates, memory sizes and bandwidths, source keys."""
-    found = [f for n, p in device.processors.items() for f in _flops(f"processors.{n}", p)]
-    found += [f for n, m in device.memories.items() for f in _memory(f"memories.{n}", m)]
+    found = [f for n, m in device.memories.items() for f in _memory(f"memories.{n}", m)]
+    for name, processor in device.processors.items():
+        where = f"processors.{name}"
+        found += _flops(where, processor, accelerator=True)
+        found += _reading(where, processor, device.memories[processor.memory])
     return found + [f for name in type(device).model_fields for f in _cited(device, name)]
 
 
@@ -69,19 +73,27 @@ def check_link(link: Link, where: str = "link") -> list[Finding]:
 
 
 def check_cluster(cluster: Cluster) -> list[Finding]:
-    """Check a cluster: its device, its links, its memories."""
+    """Check a cluster: its device, its links, the memories and processors of its node."""
     found = check_device(cluster.device)
-    links = {f"node.links.{n}": link for n, link in cluster.node.links.items()}
-    if cluster.node.interconnect is not None:
-        links["node.interconnect"] = cluster.node.interconnect
+    node = cluster.node
+    links = {f"node.links.{n}": link for n, link in node.links.items()}
+    if node.interconnect is not None:
+        links["node.interconnect"] = node.interconnect
     if cluster.network is not None:
         links["network"] = cluster.network
     found += [f for where, link in links.items() for f in check_link(link, where)]
-    found += [f for n, m in cluster.node.memories.items() for f in _memory(f"node.memories.{n}", m)]
+    for name, memory in node.memories.items():
+        found += _memory(f"node.memories.{name}", memory)
+        found += _reached(name, memory, node)
+    for name, processor in node.processors.items():
+        where = f"node.processors.{name}"
+        found += _flops(where, processor, accelerator=False)
+        found += _reading(where, processor, node.memories[processor.memory])
     return found + [f for name in ("node", "network") for f in _cited(cluster, name)]
 
 
-def _flops(where: str, processor: Processor) -> Iterator[Finding]:
+def _flops(where: str, processor: Processor, *, accelerator: bool) -> Iterator[Finding]:
+    """Compare rates with units x clock, and those of an accelerator with known sparse ones."""
     proved: set[str] = set()
     for dtype, figure in processor.flops.items():
         per_clock = processor.flops_per_clock_per_unit.get(dtype)
@@ -93,7 +105,7 @@ def _flops(where: str, processor: Processor) -> Iterator[Finding]:
             told = format_quantity(physical, "FLOP/s", 4)
             if _DENSE_RANGE[0] <= ratio <= _DENSE_RANGE[1]:
                 proved.add(dtype)
-            elif _SPARSE_RANGE[0] <= ratio <= _SPARSE_RANGE[1]:
+            elif accelerator and _SPARSE_RANGE[0] <= ratio <= _SPARSE_RANGE[1]:
                 yield _sparse(path, f"{stated} is {ratio:.2f} x what the units do dense ({told})")
                 proved.add(dtype)
             else:
@@ -103,12 +115,13 @@ def _flops(where: str, processor: Processor) -> Iterator[Finding]:
                     message=f"{stated} is {ratio:.2f} x units x clock x FLOP per clock ({told}) "
                     "-- both must agree within 15 % -- correct the one that is wrong",
                 )
-        if dtype not in proved:
+        if accelerator and dtype not in proved:
             for product, sparse in KNOWN_SPARSE.get(dtype, {}).items():
                 if abs(figure.value / sparse - 1) < _SAME:
                     yield _sparse(path, f"{stated} is the sparse {dtype} rate of the {product}")
                     break
-    yield from _ratios(where, processor, proved)
+    if accelerator:
+        yield from _ratios(where, processor, proved)
 
 
 def _sparse(path: str, what: str) -> Finding:
@@ -135,6 +148,40 @@ def _ratios(where: str, processor: Processor, proved: set[str]) -> Iterator[Find
             where=f"{where}.flops.{suspect}",
             message=f"{fast} is {ratio:.2f} x {slow} -- between {least} and {most} is expected of "
             f"dense rates -- {suspect} looks like the sparse figure: give the dense one",
+        )
+
+
+def _reading(where: str, processor: Processor, memory: Memory) -> Iterator[Finding]:
+    """More than the memory gives to the outside takes a processor inside it, and a source."""
+    own = processor.bandwidth
+    if own is None or own.value <= memory.bandwidth.value or own.source != "not stated":
+        return
+    yield Finding(
+        level="error",
+        where=f"{where}.bandwidth",
+        message=f"{format_quantity(own.value, 'B/s', 4)} is above the "
+        f"{format_quantity(memory.bandwidth.value, 'B/s', 4)} of memory {processor.memory!r} -- "
+        "only a processor inside the memory (PIM) reads faster -- lower it, or cite its source",
+    )
+
+
+def _reached(name: str, memory: Memory, node: Node) -> Iterator[Finding]:
+    """Each memory of a node has a link, and a drive is no faster than its lanes."""
+    rates = [k.bandwidth.value for k in node.links.values() if name in (k.ends or ())]
+    if not rates:
+        yield Finding(
+            level="warning",
+            where=f"node.memories.{name}",
+            message="no link reaches it -- nothing can be copied from or to it -- add a link "
+            "with it among its ends under node.links",
+        )
+    elif memory.kind.lower().startswith("nvme") and memory.bandwidth.value > 1.05 * sum(rates):
+        yield Finding(
+            level="error",
+            where=f"node.memories.{name}.bandwidth",
+            message=f"{format_quantity(memory.bandwidth.value, 'B/s', 4)} -- its lanes carry "
+            f"{format_quantity(sum(rates), 'B/s', 4)} -- give the drive's sequential read, and "
+            "the lanes that it has",
         )
 
 
@@ -174,6 +221,8 @@ def _link(where: str, link: Link) -> Iterator[Finding]:
     stated, path = link.bandwidth.value, f"{where}.bandwidth"
     told = format_quantity(stated, "B/s", 4)
     full = ONE_WAY_RATE.get(link.standard)
+    if full is not None and link.lanes and link.standard in FULL_LANES:
+        full *= link.lanes / FULL_LANES[link.standard]
     if full is not None and abs(stated / (2 * full) - 1) < 0.05:
         yield Finding(
             level="error",
@@ -185,8 +234,9 @@ def _link(where: str, link: Link) -> Iterator[Finding]:
         yield Finding(
             level="error",
             where=path,
-            message=f"{told} -- {link.standard} carries at most {format_quantity(full, 'B/s', 4)} "
-            "one way per rank -- correct the bandwidth, or use standard: other",
+            message=f"{told} -- {link.standard}{_lanes(link)} carries at most "
+            f"{format_quantity(full, 'B/s', 4)} one way per rank -- correct the bandwidth, or use "
+            "standard: other",
         )
     if link.lanes and link.lane_rate:
         lanes = link.lanes * link.lane_rate
@@ -198,6 +248,12 @@ def _link(where: str, link: Link) -> Iterator[Finding]:
                 f"({format_quantity(lanes, 'B/s', 4)}) -- both must agree within 5 % -- "
                 "count one direction, and bits against bytes",
             )
+
+
+def _lanes(link: Link) -> str:
+    """Say how many lanes where they are not a full port's."""
+    full = FULL_LANES.get(link.standard)
+    return f" x{link.lanes}" if link.lanes and full and link.lanes != full else ""
 
 
 def _cited(owner: Device | Cluster, field: str) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What moving bytes between ranks and memories takes: startup plus the busiest port's bytes.
+"""What moving bytes between ranks takes: startup plus the busiest port's bytes.
 
 Every rank has one port into its node and one into the network, each with a one-way bandwidth
 that counts sends and receives apart; a collective is done when the busiest port is. Seconds.
@@ -11,11 +11,12 @@ from basis import InputError
 from basis.evidence import Evidence, weakest
 from hwmodels.cost_compute import peaks
 from hwmodels.link import Link, Transfer
-from hwmodels.ops import AllReduce, AllToAll, Copy, Floats
+from hwmodels.ops import AllGather, AllReduce, AllToAll, Floats, Group, ReduceScatter
 from hwmodels.prices import Price, priced
 from hwmodels.topology import Cluster
 
-CommOp = AllToAll | AllReduce | Copy
+RingOp = AllReduce | AllGather | ReduceScatter
+CommOp = AllToAll | RingOp
 
 
 def price_comm(op: CommOp, cluster: Cluster) -> Price:
@@ -24,15 +25,65 @@ def price_comm(op: CommOp, cluster: Cluster) -> Price:
     Raises
     ------
     InputError
-        Traffic of another number of ranks, a rank or a memory that the cluster lacks.
+        Traffic of another number of ranks, or a rank that the cluster lacks.
     """
+    columns = np.asarray(op.traffic if isinstance(op, AllToAll) else op.bytes, dtype=np.float64)
+    if op.ranks is None:
+        if columns.shape[1] != cluster.num_ranks:
+            raise InputError(
+                f"AllToAll.traffic is for {columns.shape[1]} ranks -- {cluster.name} has "
+                f"{cluster.num_ranks}"
+            )
+        return _ranks_price(op, columns, cluster.node_of, cluster)
+    groups = [g for g in op.ranks if isinstance(g, tuple)]
+    return _by_group(op, groups, columns, cluster)
+
+
+def _by_group(op: CommOp, groups: list[Group], columns: Floats, cluster: Cluster) -> Price:
+    """Price the rows of each group by themselves and put them back in turn."""
+    outside = max(max(group) for group in groups)
+    if outside >= cluster.num_ranks:
+        raise InputError(
+            f"{type(op).__name__}.ranks: {outside} -- {cluster.name} has ranks 0 to "
+            f"{cluster.num_ranks - 1}"
+        )
+    of_node: dict[tuple[int, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        nodes = cluster.node_of[list(group)]
+        of_node.setdefault(tuple((nodes - nodes[0]).tolist()), []).append(number)
+    rows = np.arange(len(columns)).reshape(-1, len(groups))
+    parts = []
+    for shape, numbers in of_node.items():  # groups that lie alike on nodes cost alike
+        chosen = rows[:, numbers].ravel()
+        node_of = np.array(shape)
+        column = columns[chosen]
+        parts.append((chosen, _ranks_price(op, column, node_of, cluster)))
+    if len(parts) == 1:
+        return parts[0][1]
+    return _joined(parts, len(columns))
+
+
+def _ranks_price(op: CommOp, column: Floats, node_of: NDArray[np.int64], cluster: Cluster) -> Price:
+    if len(node_of) == 1:
+        return _free(len(column))
     match op:
         case AllToAll():
-            return _all_to_all(op, cluster)
+            return _all_to_all(column, node_of, cluster)
         case AllReduce():
-            return _all_reduce(op, cluster)
-        case Copy():
-            return _copy(op, cluster)
+            return _ring(2 * column, node_of, cluster, "all_reduce")
+        case AllGather():
+            return _ring(column, node_of, cluster, "all_gather")
+        case ReduceScatter():
+            return _ring(column, node_of, cluster, "reduce_scatter")
+
+
+def _joined(parts: list[tuple[NDArray[np.int64], Price]], rows: int) -> Price:
+    """Put prices of some rows each together; the weakest evidence."""
+    seconds, low, high = (np.empty(rows) for _ in range(3))
+    for chosen, price in parts:
+        seconds[chosen], low[chosen], high[chosen] = price.seconds, price.low, price.high
+    evidence = weakest([price.evidence for _, price in parts])
+    return Price(seconds=seconds, low=low, high=high, evidence=evidence)
 
 
 def busiest_port(traffic: NDArray[np.number], node_of: NDArray[np.int64]) -> tuple[Floats, Floats]:
@@ -61,72 +112,34 @@ def _busiest(traffic: NDArray[np.number], mask: NDArray[np.bool_]) -> Floats:
     return np.asarray(ports.max(axis=1, initial=0.0))
 
 
-def _all_to_all(op: AllToAll, cluster: Cluster) -> Price:
+def _all_to_all(traffic: Floats, node_of: NDArray[np.int64], cluster: Cluster) -> Price:
     """Startup of the widest network spanned + the slower of the two busiest ports."""
-    ranks = op.traffic.shape[1]
-    if ranks != cluster.num_ranks:
-        raise InputError(
-            f"AllToAll.traffic is for {ranks} ranks -- {cluster.name} has {cluster.num_ranks}"
-        )
-    if ranks == 1:
-        return _free(len(op))
-    inside, across = busiest_port(op.traffic, cluster.node_of)
-    seconds = np.zeros(len(op))
-    links = _spanned(cluster, cluster.node_of)
+    inside, across = busiest_port(traffic, node_of)
+    seconds = np.zeros(len(traffic))
+    links = _spanned(cluster, node_of)
     if cluster.node.interconnect is not None:
         seconds = _transfer(inside, cluster.intra, "all_to_all")
-    if cluster.num_nodes > 1 and cluster.network is not None:
+    if len(np.unique(node_of)) > 1 and cluster.network is not None:
         seconds = np.maximum(seconds, _transfer(across, cluster.network, "all_to_all"))
     return _with_startup(seconds, links, "all_to_all")
 
 
-def _all_reduce(op: AllReduce, cluster: Cluster) -> Price:
-    """Ring inside each node, ring across nodes on each rank's share, ring back.
+def _ring(size: Floats, node_of: NDArray[np.int64], cluster: Cluster, name: Transfer) -> Price:
+    """Ring inside each node, and across nodes on each rank's share.
 
-    ``2 (l-1)/l B`` bytes per port inside a node of l ranks, ``2 (N-1)/N B/l`` across N nodes
-    (Patarasuk and Yuan 2009, applied per level).
+    ``(l-1)/l B`` bytes per port inside a node of l ranks, ``(N-1)/N B/l`` across N nodes; an
+    all-reduce passes twice, there and back (Patarasuk and Yuan 2009, applied per level).
     """
-    if max(op.ranks) >= cluster.num_ranks:
-        raise InputError(
-            f"AllReduce.ranks: {max(op.ranks)} -- {cluster.name} has ranks 0 to "
-            f"{cluster.num_ranks - 1}"
-        )
-    if len(op.ranks) == 1:
-        return _free(len(op))
-    nodes, per_node = np.unique(cluster.node_of[list(op.ranks)], return_counts=True)
-    size = np.asarray(op.bytes, dtype=np.float64)
-    seconds = np.zeros(len(op))
+    nodes, per_node = np.unique(node_of, return_counts=True)
+    seconds = np.zeros(len(size))
     local = int(per_node.min())
     if per_node.max() > 1:
         share = (per_node.max() - 1) / per_node.max()
-        seconds = _transfer(2 * share * size, cluster.intra, "all_reduce")
+        seconds = _transfer(share * size, cluster.intra, name)
     if len(nodes) > 1 and cluster.network is not None:
         share = (len(nodes) - 1) / len(nodes) / local
-        seconds = seconds + _transfer(2 * share * size, cluster.network, "all_reduce")
-    links = _spanned(cluster, cluster.node_of[list(op.ranks)])
-    return _with_startup(seconds, links, "all_reduce")
-
-
-def _copy(op: Copy, cluster: Cluster) -> Price:
-    """Over the link between two memories; within one memory, a read and a write."""
-    size = np.asarray(op.bytes, dtype=np.float64)
-    if op.source == op.target:
-        memory = cluster.memory(op.source)
-        cost, evidence = cluster.device.kernel("stream", "bf16")
-        seconds = 2 * size / (cost.memory_efficiency * memory.bandwidth.value)
-        total = np.where(size > 0, cost.launch + seconds, 0.0)
-        return priced(total, cost, weakest([evidence, *peaks(memory.bandwidth)]))
-    for name in (op.source, op.target):
-        cluster.memory(name)
-    link = cluster.link_between(op.source, op.target)
-    price = _with_startup(_transfer(size, link, "copy"), [link], "copy")
-    idle = size == 0
-    return Price(
-        seconds=np.where(idle, 0.0, price.seconds),
-        low=np.where(idle, 0.0, price.low),
-        high=np.where(idle, 0.0, price.high),
-        evidence=price.evidence,
-    )
+        seconds = seconds + _transfer(share * size, cluster.network, name)
+    return _with_startup(seconds, _spanned(cluster, node_of), name)
 
 
 def _transfer(size: Floats, link: Link, name: Transfer) -> Floats:

@@ -1,14 +1,14 @@
-"""What one rank's kernels take: a roofline with achieved efficiencies and a launch time.
+"""What kernels of one processor take: a roofline with achieved efficiencies and a launch time.
 
 ``t = launch + max(FLOP / (e_c F), bytes / (e_m W))`` in seconds, F the dense peak of the weight
-format, W the memory bandwidth; FLOP count whole tiles, bytes count what moves, weights of active
-experts only. See docs/reference/cost-model.md for the sources.
+format, W the bandwidth at which the processor reads its memory; FLOP count whole tiles, bytes
+count what moves, weights of active experts only. See docs/reference/cost-model.md for the sources.
 """
 
 import numpy as np
 
 from basis.evidence import Evidence, weakest
-from hwmodels.device import Device, Kernel
+from hwmodels.device import Kernel, Processor
 from hwmodels.figures import Figure, KernelCost
 from hwmodels.ops import (
     AttentionDecode,
@@ -25,8 +25,17 @@ from hwmodels.prices import Price, priced
 ComputeOp = Gemm | GroupedGemm | AttentionDecode | AttentionPrefill | Route | Permute | Elementwise
 
 
-def price_compute(op: ComputeOp, device: Device) -> Price:
-    """Price each row of a compute column on one device.
+def price_compute(op: ComputeOp, on: Processor, bandwidth: Figure[float]) -> Price:
+    """Price each row of a compute column on one processor.
+
+    Parameters
+    ----------
+    op : ComputeOp
+        The column.
+    on : Processor
+        Its kernels and peaks are used.
+    bandwidth : Figure
+        Peak at which this processor reads its memory, bytes per second.
 
     Returns
     -------
@@ -35,52 +44,58 @@ def price_compute(op: ComputeOp, device: Device) -> Price:
     """
     match op:
         case Gemm():
-            return _gemm(op, device)
+            return _gemm(op, on, bandwidth)
         case GroupedGemm():
-            return _grouped_gemm(op, device)
+            return _grouped_gemm(op, on, bandwidth)
         case AttentionDecode():
-            return _attention("attention_decode", op, device)
+            return _attention("attention_decode", op, on, bandwidth)
         case AttentionPrefill():
-            return _attention("attention_prefill", op, device)
+            return _attention("attention_prefill", op, on, bandwidth)
         case Route():
-            return _roofline("route", op.activation_dtype, op.flops(), op.bytes_moved(), device)
+            return _roofline(
+                "route", op.activation_dtype, op.flops(), op.bytes_moved(), on, bandwidth
+            )
         case Permute():
-            return _streaming("permute", op.bytes_moved(), device)
+            return _streaming("permute", op.bytes_moved(), on, bandwidth)
         case Elementwise():
-            return _streaming("stream", op.bytes_moved(), device)
+            return _streaming("stream", op.bytes_moved(), on, bandwidth)
 
 
-def _streaming(name: Kernel, moved: Floats, device: Device) -> Price:
-    return _roofline(name, "bf16", np.zeros_like(moved), moved, device)
+def _streaming(name: Kernel, moved: Floats, on: Processor, bandwidth: Figure[float]) -> Price:
+    return _roofline(name, "bf16", np.zeros_like(moved), moved, on, bandwidth)
 
 
-def _gemm(op: Gemm, device: Device) -> Price:
-    cost, _ = device.kernel("gemm", op.weight_dtype)
+def _gemm(op: Gemm, on: Processor, bandwidth: Figure[float]) -> Price:
+    cost, _ = on.kernel("gemm", op.weight_dtype)
     m, n, k = (np.asarray(x, dtype=np.float64) for x in (op.m, op.n, op.k))
     padded = 2 * _whole_tiles(m, cost.tile_rows) * n * k
     moved = np.where(m > 0, op.bytes_moved() + cost.ramp_bytes, 0.0)
-    return _roofline("gemm", op.weight_dtype, padded, moved, device)
+    return _roofline("gemm", op.weight_dtype, padded, moved, on, bandwidth)
 
 
-def _grouped_gemm(op: GroupedGemm, device: Device) -> Price:
+def _grouped_gemm(op: GroupedGemm, on: Processor, bandwidth: Figure[float]) -> Price:
     """FLOP of padded rows; weights of active experts, each with its bandwidth ramp."""
-    cost, _ = device.kernel("grouped_gemm", op.weight_dtype)
+    cost, _ = on.kernel("grouped_gemm", op.weight_dtype)
     tiles = -(-op.tokens_per_expert // cost.tile_rows)
     padded = tiles.sum(axis=1, dtype=np.float64) * cost.tile_rows * op.flops_per_row()
     moved = op.bytes_moved() + op.active() * cost.ramp_bytes
-    return _roofline("grouped_gemm", op.weight_dtype, padded, moved, device)
+    return _roofline("grouped_gemm", op.weight_dtype, padded, moved, on, bandwidth)
 
 
-def _attention(name: Kernel, op: AttentionDecode | AttentionPrefill, device: Device) -> Price:
+def _attention(
+    name: Kernel, op: AttentionDecode | AttentionPrefill, on: Processor, bandwidth: Figure[float]
+) -> Price:
     """Attention multiplies in the activations' format; its cache may be stored narrower."""
-    cost, evidence = device.kernel(name, op.kv_dtype)
-    flops = device.flops(op.activation_dtype)
-    return _time(op.flops(), op.bytes_moved(), cost, evidence, flops, device)
+    cost, evidence = on.kernel(name, op.kv_dtype)
+    flops = on.flops_for(op.activation_dtype)
+    return _time(op.flops(), op.bytes_moved(), cost, evidence, flops, bandwidth)
 
 
-def _roofline(name: Kernel, dtype: str, flops: Floats, moved: Floats, device: Device) -> Price:
-    cost, evidence = device.kernel(name, dtype)
-    return _time(flops, moved, cost, evidence, device.flops(dtype), device)
+def _roofline(
+    name: Kernel, dtype: str, flops: Floats, moved: Floats, on: Processor, bandwidth: Figure[float]
+) -> Price:
+    cost, evidence = on.kernel(name, dtype)
+    return _time(flops, moved, cost, evidence, on.flops_for(dtype), bandwidth)
 
 
 def roofline(
@@ -102,9 +117,8 @@ def _time(
     cost: KernelCost,
     evidence: Evidence,
     peak: Figure[float],
-    device: Device,
+    bandwidth: Figure[float],
 ) -> Price:
-    bandwidth = device.memory.bandwidth
     seconds = roofline(flops, moved, cost, peak.value, bandwidth.value)
     weakest_part = weakest([evidence, *peaks(peak, bandwidth)])
     return priced(np.where(moved > 0, seconds, 0.0), cost, weakest_part)

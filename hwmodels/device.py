@@ -2,7 +2,8 @@
 
 Capacities in bytes, bandwidths in bytes per second, rates in FLOP per second, always *dense*.
 A processor names the memory that it works on, so that several processors may share one memory
-and one device may hold several.
+(a GPU and the PIM in its stacks) and one device may hold several; a CPU beside the devices is
+a processor of the node.
 """
 
 from typing import Any, Literal, Self
@@ -51,7 +52,7 @@ class Memory(Strict):
     bandwidth: Figure[BytesPerSecond]
     """Peak bandwidth, reads plus writes, bytes per second."""
     stacks: int | None = Field(default=None, gt=0)
-    """Stacks or chips, each with a bus of its own (for the cross-checks)."""
+    """Stacks, chips or channels, each with a bus of its own (for the cross-checks)."""
     stack_capacity: Bytes | None = None
     """Nominal bytes of one stack; memory parts come in binary sizes (16 GiB)."""
     bus_bits: int | None = Field(default=None, gt=0)
@@ -59,16 +60,27 @@ class Memory(Strict):
     pin_rate: BytesPerSecond | None = None
     """Rate of one pin, bytes per second (written in Gbit/s)."""
 
+    def scaled(self, rates: float) -> Self:
+        """Return a copy with the bandwidth times ``rates``."""
+        return self.model_copy(update={"bandwidth": self.bandwidth.times(rates)})
+
 
 class Processor(Strict):
-    """A processor that works on one memory."""
+    """A processor that works on one memory.
+
+    Two processors on one memory are priced one at a time, each as if alone; who uses which part
+    when is the schedule's.
+    """
 
     memory: str
-    """Name of the memory in the device's ``memories``."""
+    """Name of the memory in the ``memories`` of the same device or node."""
+    bandwidth: Figure[BytesPerSecond] | None = None
+    """What this processor reads from its memory: above the memory's own bandwidth for one inside
+    the stacks (PIM), below it for cores that cannot draw it all; none: the memory's."""
     flops: dict[FlopFormat, Figure[FlopPerSecond]]
     """Dense peak by format, FLOP per second. ``bf16`` must be there."""
     compute_units: Figure[int] | None = None
-    """Streaming multiprocessors or compute units."""
+    """Streaming multiprocessors, compute units or cores."""
     clock: Figure[Hertz] | None = None
     """Clock at which the peak is stated (boost), Hz."""
     flops_per_clock_per_unit: dict[FlopFormat, float] = Field(default_factory=dict)
@@ -90,6 +102,37 @@ class Processor(Strict):
         missing = {k: v for k, v in DEFAULT_KERNELS.items() if k not in self.kernels}
         object.__setattr__(self, "kernels", self.kernels | missing)
         return self
+
+    def flops_for(self, dtype: str) -> Figure[float]:
+        """Dense peak for weights stored as ``dtype``, FLOP/s.
+
+        A processor without that format multiplies in bf16 after conversion.
+        """
+        table: dict[Any, Figure[float]] = dict(self.flops)
+        return table.get(DTYPES[dtype].compute, table["bf16"])
+
+    def kernel(self, name: Kernel, dtype: str) -> tuple[KernelCost, Evidence]:
+        """Parameters of a kernel for a weight format, and what they rest on.
+
+        A format without parameters of its own takes those of bf16, as a transfer.
+        """
+        by_dtype = self.kernels[name]
+        if dtype in by_dtype:
+            return by_dtype[dtype], by_dtype[dtype].evidence
+        return by_dtype["bf16"], weakest([by_dtype["bf16"].evidence, "transfer"])
+
+    def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
+        """Return a copy with bandwidth and FLOP/s times ``rates``, launches times ``fixed``."""
+        kernels = {
+            name: {
+                dtype: cost.model_copy(update={"launch": cost.launch * fixed})
+                for dtype, cost in by_dtype.items()
+            }
+            for name, by_dtype in self.kernels.items()
+        }
+        flops = {dtype: figure.times(rates) for dtype, figure in self.flops.items()}
+        bandwidth = None if self.bandwidth is None else self.bandwidth.times(rates)
+        return self.model_copy(update={"flops": flops, "kernels": kernels, "bandwidth": bandwidth})
 
 
 class Device(Strict):
@@ -131,40 +174,15 @@ class Device(Strict):
         return self.memories[self.processor.memory]
 
     def flops(self, dtype: str) -> Figure[float]:
-        """Dense peak for weights stored as ``dtype``, FLOP/s.
-
-        A processor without that format multiplies in bf16 after conversion.
-        """
-        table: Any = self.processor.flops
-        return table.get(DTYPES[dtype].compute, table["bf16"])
+        """Dense peak of the first processor for weights stored as ``dtype``, FLOP/s."""
+        return self.processor.flops_for(dtype)
 
     def kernel(self, name: Kernel, dtype: str) -> tuple[KernelCost, Evidence]:
-        """Parameters of a kernel for a weight format, and what they rest on.
-
-        A format without parameters of its own takes those of bf16, as a transfer.
-        """
-        by_dtype = self.processor.kernels[name]
-        if dtype in by_dtype:
-            return by_dtype[dtype], by_dtype[dtype].evidence
-        return by_dtype["bf16"], weakest([by_dtype["bf16"].evidence, "transfer"])
+        """Parameters of a kernel of the first processor, and what they rest on."""
+        return self.processor.kernel(name, dtype)
 
     def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
         """Return a copy with bandwidths and FLOP/s times ``rates``, launches times ``fixed``."""
-        memories = {
-            n: m.model_copy(update={"bandwidth": m.bandwidth.times(rates)})
-            for n, m in self.memories.items()
-        }
-        processors = {n: _scaled(p, rates, fixed) for n, p in self.processors.items()}
+        memories = {n: m.scaled(rates) for n, m in self.memories.items()}
+        processors = {n: p.scaled(rates=rates, fixed=fixed) for n, p in self.processors.items()}
         return self.model_copy(update={"memories": memories, "processors": processors})
-
-
-def _scaled(processor: Processor, rates: float, fixed: float) -> Processor:
-    kernels = {
-        name: {
-            dtype: cost.model_copy(update={"launch": cost.launch * fixed})
-            for dtype, cost in by_dtype.items()
-        }
-        for name, by_dtype in processor.kernels.items()
-    }
-    flops = {dtype: figure.times(rates) for dtype, figure in processor.flops.items()}
-    return processor.model_copy(update={"flops": flops, "kernels": kernels})

@@ -4,14 +4,15 @@ Bandwidth in bytes per second *one way per rank*, as NVLink's 450 GB/s of an H10
 sheet's 900 GB/s is the sum of both ways); fixed times in seconds.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from basis import BytesPerSecond, Strict
+from basis.evidence import weakest
 from hwmodels.figures import Figure, TransferCost
 
-Transfer = Literal["all_to_all", "all_reduce", "copy"]
+Transfer = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "copy"]
 _ASSUMED = TransferCost(
     startup="15 us",
     efficiency=0.6,
@@ -36,6 +37,17 @@ ONE_WAY_RATE: dict[str, float] = {
 }
 """One-way bytes per second of a device's full port: 12 NVLink 3, 18 NVLink 4 or 5 links; 16 PCIe
 lanes after 128b/130b encoding; 7 xGMI links of an MI300X; one network port."""
+FULL_LANES: dict[str, int] = {
+    "nvlink3": 12,
+    "nvlink4": 18,
+    "nvlink5": 18,
+    "pcie3": 16,
+    "pcie4": 16,
+    "pcie5": 16,
+    "pcie6": 16,
+    "xgmi3": 7,
+}
+"""Lanes or links of these ports; fewer lanes carry proportionally less."""
 Standard = Literal[
     "nvlink3",
     "nvlink4",
@@ -80,14 +92,20 @@ class Link(Strict):
         return self
 
     def cost(self, name: Transfer) -> TransferCost:
-        """Parameters of one way of using the link."""
-        return self.costs.get(name, _ASSUMED)
+        """Parameters of one way of using the link.
+
+        Without their own, all-gather and reduce-scatter take those of all-reduce, which is the one
+        after the other, as a transfer.
+        """
+        if name in self.costs or name not in ("all_gather", "reduce_scatter"):
+            return self.costs.get(name, _ASSUMED)
+        cost = self.cost("all_reduce")
+        return cost.model_copy(update={"evidence": weakest([cost.evidence, "transfer"])})
 
     def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
         """Return a copy with the bandwidth times ``rates``, startup times times ``fixed``."""
-        names: tuple[Transfer, ...] = ("all_to_all", "all_reduce", "copy")
         costs = {
             n: self.cost(n).model_copy(update={"startup": self.cost(n).startup * fixed})
-            for n in names
+            for n in get_args(Transfer)
         }
         return self.model_copy(update={"bandwidth": self.bandwidth.times(rates), "costs": costs})

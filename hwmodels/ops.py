@@ -33,6 +33,12 @@ class Stage(StrEnum):
     COMBINE = "combine"
     HEAD = "head"
     OTHER = "other"
+    FETCH = "fetch"
+    """Weights copied into the memory where they are used."""
+    TENSOR_PARALLEL = "tensor_parallel"
+    """Sums and gathers over the ranks that share a layer's attention, dense parts or head."""
+    TRANSFER = "transfer"
+    """Activations copied between memories or pipeline stages."""
 
 
 class _Columns:
@@ -298,12 +304,36 @@ class GroupedGemm(_Columns):
         return self.weight_bytes() + self.activation_bytes()
 
 
+Group = tuple[int, ...]
+"""Distinct ranks that work on one collective."""
+
+
+def _groups(
+    name: str, ranks: Group | tuple[Group, ...], rows: int, size: int | None = None
+) -> tuple[Group, ...]:
+    """Return the groups of a collective of so many rows; one may be given by itself."""
+    groups = tuple(g for g in ranks if isinstance(g, tuple))
+    groups = groups or (tuple(g for g in ranks if not isinstance(g, tuple)),)
+    if any(not g or len(set(g)) != len(g) or min(g) < 0 for g in groups):
+        raise InputError(f"{name}.ranks: {ranks} -- distinct ranks, at least one")
+    sizes = {len(group) for group in groups}
+    if rows % len(groups) or sizes != {size or len(groups[0])}:
+        raise InputError(
+            f"{name}.ranks: {rows} rows for {len(groups)} groups of {sorted(sizes)} ranks -- as "
+            f"many rows for each group, all groups of {size or 'equal'} ranks"
+        )
+    return groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(_Columns):
-    """Every rank sends to every rank what the traffic matrix says."""
+    """Every rank of a group sends to every other what the traffic matrix says."""
 
     traffic: NDArray[Any]
-    """[n, G, G] bytes; row g sends to column h; the diagonal is free."""
+    """[n, l, l] bytes; row g sends to column h of the group; the diagonal is free."""
+    ranks: Group | tuple[Group, ...] | None = None
+    """The l ranks of the group, or several groups that the rows belong to in turn (row i to group
+    i % groups); None = all ranks of the cluster. A tuple of groups after construction."""
 
     def __post_init__(self) -> None:
         traffic = np.asarray(self.traffic)
@@ -311,21 +341,40 @@ class AllToAll(_Columns):
         if traffic.shape[1] != traffic.shape[2]:
             raise InputError(f"AllToAll.traffic: shape {traffic.shape} -- [n, ranks, ranks]")
         object.__setattr__(self, "traffic", traffic)
+        if self.ranks is not None:
+            groups = _groups("AllToAll", self.ranks, *traffic.shape[:2])
+            object.__setattr__(self, "ranks", groups)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllReduce(_Columns):
-    """Sum over ranks; every one ends with the whole result."""
+class _Ring(_Columns):
+    """A collective on one tensor that a ring of ranks passes on in equal shares."""
 
     bytes: Column
-    """Bytes of the tensor on each rank."""
-    ranks: tuple[int, ...]
-    """The ranks that take part."""
+    """Bytes of the whole tensor."""
+    ranks: Group | tuple[Group, ...]
+    """The ranks that take part, or several groups that the rows belong to in turn (row i to group
+    i % groups). A tuple of groups after construction."""
 
     def __post_init__(self) -> None:
         self._settle("bytes")
-        if not self.ranks or len(set(self.ranks)) != len(self.ranks) or min(self.ranks) < 0:
-            raise InputError(f"AllReduce.ranks: {self.ranks} -- distinct ranks, at least one")
+        groups = _groups(type(self).__name__, self.ranks, len(self))
+        object.__setattr__(self, "ranks", groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReduce(_Ring):
+    """Sum over ranks; every one ends with the whole result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllGather(_Ring):
+    """Every rank brings its share of the tensor and ends with the whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceScatter(_Ring):
+    """Sum over ranks; each ends with its share of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +414,8 @@ Op = (
     | GroupedGemm
     | AllToAll
     | AllReduce
+    | AllGather
+    | ReduceScatter
     | Copy
     | Elementwise
 )

@@ -2,16 +2,20 @@
 
 A *node* is the set of ranks joined by the fast interconnect (an HGX board, an NVL72 rack); the
 ``network`` joins nodes. Ranks are numbered node by node; a cluster may use only its first ones.
+Memories of a device and of its node (host DRAM, NVMe, CXL) are joined by the node's ``links``
+into a graph, and processors stand at memories. Bytes per second, one way.
 """
 
+from collections import deque
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from basis import InputError, Strict
-from hwmodels.device import Device, Memory
+from basis import BytesPerSecond, InputError, Strict
+from hwmodels.device import Device, Memory, Processor
+from hwmodels.figures import Figure
 from hwmodels.link import Link
 
 
@@ -23,7 +27,9 @@ class Node(Strict):
     interconnect: Link | None = None
     """Each device's port to the others of its node; none where a node has one device."""
     memories: dict[str, Memory] = Field(default_factory=dict)
-    """Memories of the node by name (``host``), figures per device."""
+    """Memories of the node by name (``host``, ``nvme``, ``cxl``), figures per device."""
+    processors: dict[str, Processor] = Field(default_factory=dict)
+    """Processors at these memories by name (``cpu``, ``ndp``), figures per device."""
     links: dict[str, Link] = Field(default_factory=dict)
     """Edges of the memory graph by name, each with its two ``ends``."""
 
@@ -36,7 +42,26 @@ class Node(Strict):
         for name, link in self.links.items():
             if link.ends is None:
                 raise ValueError(f"links.{name}: ends is missing -- name the two memories it joins")
+        for name, processor in self.processors.items():
+            if processor.memory not in self.memories:
+                raise ValueError(
+                    f"processors.{name}.memory: {processor.memory!r} is not a memory of the node "
+                    f"-- memories are {', '.join(self.memories) or 'none'}"
+                )
         return self
+
+    def scaled(self, links: dict[str, float], *, rates: float, fixed: float) -> Self:
+        """Return a copy with links scaled by ``links`` and all else by ``rates``, ``fixed``."""
+        port = self.interconnect
+        parts: dict[str, Any] = {
+            "interconnect": None if port is None else port.scaled(**links),
+            "memories": {n: m.scaled(rates) for n, m in self.memories.items()},
+            "processors": {
+                n: p.scaled(rates=rates, fixed=fixed) for n, p in self.processors.items()
+            },
+            "links": {n: link.scaled(**links) for n, link in self.links.items()},
+        }
+        return self.model_copy(update=parts)
 
 
 class Cluster(Strict):
@@ -63,6 +88,13 @@ class Cluster(Strict):
     def _consistent(self) -> Self:
         if self.nodes > 1 and self.network is None:
             raise ValueError(f"{self.nodes} nodes without a network -- describe the link of a rank")
+        for kind in ("memories", "processors"):
+            ours, theirs = getattr(self.node, kind), getattr(self.device, kind)
+            if both := sorted(set(ours) & set(theirs)):
+                raise ValueError(
+                    f"node.{kind}.{both[0]}: the device has one of that name too -- names are "
+                    "unique in a cluster -- rename one"
+                )
         known = {*self.device.memories, *self.node.memories}
         for name, link in self.node.links.items():
             if strangers := [end for end in link.ends or () if end not in known]:
@@ -124,19 +156,72 @@ class Cluster(Strict):
             )
         return known[name]
 
-    def link_between(self, source: str, target: str) -> Link:
-        """Return the edge that joins two memories.
+    def processor(self, name: str | None = None) -> Processor:
+        """Return a processor of the device or the node by name; without one, the device's first.
 
         Raises
         ------
         InputError
-            If no link joins them directly.
+            If no processor has that name.
         """
-        for link in self.node.links.values():
-            if link.ends is not None and set(link.ends) == {source, target}:
-                return link
-        edges = ", ".join("-".join(k.ends or ()) for k in self.node.links.values()) or "none"
-        raise InputError(f"{self.name}: no link joins {source!r} and {target!r} -- edges: {edges}")
+        if name is None:
+            return self.device.processor
+        known = self.device.processors | self.node.processors
+        if name not in known:
+            raise InputError(
+                f"{self.name}: no processor {name!r} -- processors are {', '.join(known)}"
+            )
+        return known[name]
+
+    def bandwidth(self, name: str | None = None) -> Figure[BytesPerSecond]:
+        """Bytes per second that a processor reads from its memory.
+
+        Raises
+        ------
+        InputError
+            If no processor has that name.
+        """
+        processor = self.processor(name)
+        return processor.bandwidth or self.memory(processor.memory).bandwidth
+
+    def route(self, source: str, target: str) -> tuple[str, ...]:
+        """Names of the node's links from one memory to another, in order; fewest hops.
+
+        Of equally short ways the one over links named earlier in the file; none within a memory.
+
+        Raises
+        ------
+        InputError
+            If a memory is unknown, or no way joins the two.
+        """
+        for name in (source, target):
+            self.memory(name)
+        ways: dict[str, tuple[str, ...]] = {source: ()}
+        ahead = deque([source])
+        while ahead and target not in ways:
+            here = ahead.popleft()
+            for name, link in self.node.links.items():
+                for near, far in (link.ends or ("", ""), (link.ends or ("", ""))[::-1]):
+                    if near == here and far not in ways:
+                        ways[far] = (*ways[here], name)
+                        ahead.append(far)
+        if target not in ways:
+            edges = ", ".join("-".join(k.ends or ()) for k in self.node.links.values()) or "none"
+            raise InputError(
+                f"{self.name}: no path from {source!r} to {target!r} -- edges: {edges} -- "
+                "add a link with these ends under node.links"
+            )
+        return ways[target]
+
+    def path(self, source: str, target: str) -> tuple[Link, ...]:
+        """Links of `route`, in order.
+
+        Raises
+        ------
+        InputError
+            As `route`.
+        """
+        return tuple(self.node.links[name] for name in self.route(source, target))
 
     def scaled(
         self, *, rates: float = 1.0, communication: float | None = None, fixed: float = 1.0
@@ -148,29 +233,17 @@ class Cluster(Strict):
         rates : float
             Multiplies every bandwidth and FLOP/s.
         communication : float, optional
-            Multiplies the bandwidth of links in addition; infinity makes bytes free.
+            Multiplies the bandwidth of links in addition; infinity makes bytes free (a copy is
+            then as slow as its memories).
         fixed : float
             Multiplies launches and startup times; 0 removes them.
         """
         links = {"rates": rates * (communication or 1.0), "fixed": fixed}
 
-        def of(link: Link | None) -> Link | None:
-            return None if link is None else link.scaled(**links)
-
-        memories = {
-            n: m.model_copy(update={"bandwidth": m.bandwidth.times(rates)})
-            for n, m in self.node.memories.items()
-        }
-        edges = {n: link.scaled(**links) for n, link in self.node.links.items()}
-        node: dict[str, Any] = {
-            "interconnect": of(self.node.interconnect),
-            "memories": memories,
-            "links": edges,
-        }
         return self.model_copy(
             update={
                 "device": self.device.scaled(rates=rates, fixed=fixed),
-                "node": self.node.model_copy(update=node),
-                "network": of(self.network),
+                "node": self.node.scaled(links, rates=rates, fixed=fixed),
+                "network": None if self.network is None else self.network.scaled(**links),
             }
         )

@@ -35,11 +35,14 @@ def price_step(works: Sequence[Work], loads: StepLoads, cluster: Cluster) -> Pri
     estimates = {name: np.zeros(shape) for name in ("seconds", "low", "high")}
     evidence = []
     for number, work in enumerate(works):
-        priced = price(work.op, cluster, on=work.on) if work.on else price(work.op, cluster)
+        priced = price(work.op, cluster, on=work.on)
         evidence.append(priced.evidence)
         here = [i for i, (w, _) in enumerate(places) if w == number]
         for name, table in estimates.items():
-            table[:, here, :] = np.reshape(getattr(priced, name), work.shape)
+            values = np.reshape(getattr(priced, name), work.shape)
+            if work.groups is not None and work.shape[2] > 1:
+                values = values[:, :, list(work.groups)]
+            table[:, here, :] = values
     items = _items([(works[number], layer) for number, layer in places])
     return PricedStep(items=items, evidence=tuple(evidence), **estimates)
 

@@ -10,10 +10,15 @@ from hwmodels import catalog_names, check_catalog, load_cluster, load_device
 from hwmodels.catalog_page import render
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "hardware-catalog.md"
-DEVICES = ["a100", "b200", "gb200", "h100", "h200", "l40s", "mi300x", "rtx4090"]
+DEVICES = [
+    *("a100", "a40", "a5000", "a6000", "b200", "duplex-xpu", "gb200", "h100", "h200", "l40s"),
+    *("mi300x", "rtx4090", "rtx4090-local", "rtxpro6000"),
+]
 CLUSTERS = [
-    *("gb200-nvl72", "hgx-a100-8", "hgx-b200-8", "hgx-h100-8", "hgx-h200-8"),
-    *("l40s-8", "mi300x-8", "rtx4090-8"),
+    *("duplex-4", "duplex-8", "gb200-nvl72", "gpu-cxl-ndp"),
+    *("hgx-a100-8", "hgx-b200-8", "hgx-h100-8", "hgx-h200-8", "hybrimoe-a6000"),
+    *("ktransformers-4x4090", "l40s-8", "mi300x-8", "moe-infinity-a5000", "moelens-a40", "monde"),
+    *("pregated-a100", "rtx4090-8", "workstation-rtx4090", "workstation-rtxpro6000"),
 ]
 
 
@@ -28,11 +33,33 @@ def test_catalog_passes_its_own_check() -> None:
 def test_every_figure_has_a_source() -> None:
     for name in DEVICES:
         device = load_device(name)
-        figures = [device.memory.capacity, device.memory.bandwidth, device.power]
-        figures += device.processor.flops.values()
-        assert all(f is not None and f.source in device.sources for f in figures)
-        for by_dtype in device.processor.kernels.values():
-            assert all(cost.source in device.sources for cost in by_dtype.values())
+        figures = [device.memory.capacity, device.memory.bandwidth]
+        figures += [] if device.power is None else [device.power]
+        for processor in device.processors.values():
+            figures += processor.flops.values()
+            for by_dtype in processor.kernels.values():
+                assert all(cost.source in device.sources for cost in by_dtype.values())
+        assert all(f.source in device.sources for f in figures)
+
+
+def test_figures_of_a_node_have_sources() -> None:
+    for name in CLUSTERS:
+        node = load_cluster(name).node
+        figures = [f for m in node.memories.values() for f in (m.capacity, m.bandwidth)]
+        figures += [f for p in node.processors.values() for f in p.flops.values()]
+        figures += [link.bandwidth for link in node.links.values()]
+        assert all(f.source != "not stated" for f in figures)
+        assert all("copy" in link.costs for link in node.links.values())
+
+
+def test_names_of_memories_and_processors() -> None:
+    clusters = {name: load_cluster(name) for name in CLUSTERS}
+    memories = {n for c in clusters.values() for n in (*c.device.memories, *c.node.memories)}
+    processors = {n for c in clusters.values() for n in (*c.device.processors, *c.node.processors)}
+    assert memories == {"hbm", "host", "nvme", "cxl"}
+    assert processors == {"gpu", "cpu", "ndp", "pim"}
+    for cluster in clusters.values():  # from everywhere into the fast memory
+        assert all(cluster.path(name, "hbm") for name in cluster.node.memories)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +72,10 @@ def test_every_figure_has_a_source() -> None:
         ("gb200", 2.5e15, 8e12),
         ("l40s", 362.05e12, 864e9),
         ("rtx4090", 165.2e12, 1.008e12),
+        ("rtxpro6000", 503.8e12, 1.792e12),
+        ("a40", 149.7e12, 696e9),
+        ("a5000", 111.1e12, 768e9),
+        ("a6000", 154.8e12, 768e9),
         ("mi300x", 1307.4e12, 5.3e12),
     ],
 )
@@ -52,6 +83,16 @@ def test_peaks(name: str, bf16: float, bandwidth: float) -> None:
     device = load_device(name)
     assert device.flops("bf16").value == pytest.approx(bf16)
     assert device.memory.bandwidth.value == pytest.approx(bandwidth)
+
+
+def test_the_local_card_differs_in_its_4_bit_experts_only() -> None:
+    card, local = load_device("rtx4090"), load_device("rtx4090-local")
+    assert local.memories == card.memories
+    assert local.processor.flops == card.processor.flops
+    ours, theirs = dict(local.processor.kernels), dict(card.processor.kernels)
+    mine, other = ours.pop("grouped_gemm"), theirs.pop("grouped_gemm")
+    assert ours == theirs
+    assert {name for name in mine if mine[name] != other.get(name)} == {"mxfp4", "int4"}
 
 
 def test_fitted_models_state_their_held_out_error() -> None:
@@ -99,7 +140,7 @@ def test_the_first_gpus_may_cut_a_node() -> None:
         ("rtx4090-8x2", None, "no network between nodes"),
         ("hgx-h10-8", None, "did you mean 'hgx-h100-8'"),
         ("hgx-h100-8x0", None, "did you mean 'hgx-h100-8'"),
-        ("zzz", None, "known are gb200-nvl72"),
+        ("zzz", None, "known are duplex-4"),
         ("none/such.yaml", None, "no such file"),
     ],
 )

@@ -53,6 +53,9 @@ DEVICE_CASES = [
     ("h100", "memories.hbm.bandwidth", "33.5 TB/s", "stacks x bus x pin rate"),
     ("h100", "memories.hbm.bandwith", "3.35 TB/s", "did you mean 'bandwidth'"),
     ("h100", "processors.gpu.memory", "hbn", "'hbn' is not a memory"),
+    ("duplex-xpu", "processors.pim.memory", "stack", "'stack' is not a memory"),
+    ("duplex-xpu", "processors.pim.bandwidth", "13.4 TB/s", "or cite its source"),
+    ("duplex-xpu", "processors.pim.flops.bf16", "21.3 TFLOP/s", "0.20 x units x clock"),
     ("h100", "processors.gpu.kernels.gemm", {}, "kernels.gemm: bf16 is missing"),
     ("h100", "processors.gpu.kernels.gemm.fp7", {}, "fp7"),
 ]
@@ -105,6 +108,8 @@ def test_unexplained_source_is_warned_of(device_data) -> None:
 
 
 LINK = "node.interconnect"
+CPU = "node.processors.cpu"
+DDR = {"kind": "DDR5", "capacity": "64 GiB", "bandwidth": "76.8 GB/s"}
 CLUSTER_CASES = [
     ("hgx-h100-8", f"{LINK}.bandwidth", "900 GB/s", "sum of both directions of nvlink4"),
     ("hgx-b200-8", f"{LINK}.bandwidth", "1.8 TB/s", "write 900 GB/s"),
@@ -120,6 +125,22 @@ CLUSTER_CASES = [
     ("hgx-h100-8", "node.links.pcie.ends", ["hbm", "nvme"], "'nvme' is not a memory"),
     ("hgx-h100-8", "node.links.pcie.ends", ["hbm", "hbm"], "two different memories"),
     ("hgx-h100-8", "node.links.pcie.ends", None, "name the two memories"),
+    ("gpu-cxl-ndp", "node.links.nvme.bandwidth", "63 GB/s", "pcie5 x4 carries at most 15.75 GB/s"),
+    ("gpu-cxl-ndp", "node.memories.nvme.bandwidth", "28 GB/s", "its lanes carry 15.76 GB/s"),
+    ("gpu-cxl-ndp", "node.links.cxl.ends", ["cxl", "dram"], "'dram' is not a memory"),
+    ("gpu-cxl-ndp", f"{CPU}.memory", "dram", "'dram' is not a memory of the node"),
+    ("gpu-cxl-ndp", f"{CPU}.flops.bf16", "288 TFLOP/s", "2.00 x units x clock"),
+    ("gpu-cxl-ndp", f"{CPU}.bandwidth", "614.4 GB/s", "above the 307.2 GB/s of memory 'host'"),
+    ("gpu-cxl-ndp", "node.memories.host.bandwidth", "614.4 GB/s", "2.00 x stacks x bus x pin rate"),
+    ("gpu-cxl-ndp", "node.memories.host.capacity", "512 GB", "GB .* against GiB"),
+    (
+        "gpu-cxl-ndp",
+        "node.processors.gpu",
+        {"memory": "cxl", "flops": {"bf16": "1 TFLOP/s"}},
+        "too",
+    ),
+    ("gpu-cxl-ndp", "node.processors.ndp.flops.bf16", None, "bf16 is missing"),
+    ("workstation-rtx4090", "node.memories.hbm", DDR, "the device has one of that name too"),
     ("l40s-8", "nodes", 2, "without a network"),
     ("l40s-8", "gpus", 9, "the cluster has 8"),
     ("l40s-8", "node.device", 8, "did you mean 'devices'"),
@@ -159,3 +180,9 @@ def test_a_device_without_kernels_gets_assumed_ones(device_data) -> None:
 def test_cluster_without_nodes_is_a_mapping() -> None:
     with pytest.raises(InputError, match="expected a mapping"):
         validate([], Cluster, "test")
+
+
+def test_a_memory_that_no_link_reaches_is_warned_of(cluster_data) -> None:
+    data = changed(cluster_data, "node.memories.disk", DDR)
+    findings = check_cluster(validate(data, Cluster, "test"))
+    assert [(f.level, f.where) for f in findings] == [("warning", "node.memories.disk")]

@@ -145,5 +145,5 @@ def test_strangers_are_refused(op, said: str, cluster: Cluster) -> None:
 
 def test_memories_without_an_edge_are_refused(cluster: Cluster) -> None:
     node = cluster.node.model_copy(update={"links": {}})
-    with pytest.raises(InputError, match="no link joins 'hbm' and 'host'"):
+    with pytest.raises(InputError, match="no path from 'hbm' to 'host' -- edges: none"):
         price(Copy(bytes=1, source="hbm", target="host"), cluster.model_copy(update={"node": node}))

@@ -14,6 +14,7 @@ from hwmodels import (
     Gemm,
     GroupedGemm,
     Permute,
+    Price,
     Route,
     load_cluster,
     price,
@@ -32,6 +33,10 @@ GEOMETRY = {
 }
 
 
+def on_device(op, device: Device) -> Price:
+    return price_compute(op, device.processor, device.memory.bandwidth)
+
+
 def gemm(m, n: int = 4096, k: int = 4096, dtype: str = "bf16") -> Gemm:
     return Gemm(m=m, n=n, k=k, weight_dtype=dtype, activation_dtype="bf16")
 
@@ -48,28 +53,28 @@ def experts(counts) -> GroupedGemm:
 
 
 def test_gemm_that_computes_long(device: Device) -> None:
-    seconds = price_compute(gemm(2**20), device).seconds[0]
+    seconds = on_device(gemm(2**20), device).seconds[0]
     assert seconds == pytest.approx(LAUNCH + 2 * 2**20 * 4096**2 / FLOPS)
 
 
 def test_gemm_of_one_row_reads_its_weights(device: Device) -> None:
     op = gemm(1)
-    seconds = price_compute(op, device).seconds[0]
+    seconds = on_device(op, device).seconds[0]
     assert seconds == pytest.approx(LAUNCH + (2 * 4096**2 + 2 * 2 * 4096) / BANDWIDTH)
 
 
 def test_tiny_gemm_is_its_launch(device: Device) -> None:
-    assert price_compute(gemm(1, 8, 8), device).seconds[0] == pytest.approx(LAUNCH, rel=1e-3)
+    assert on_device(gemm(1, 8, 8), device).seconds[0] == pytest.approx(LAUNCH, rel=1e-3)
 
 
 def test_rows_are_padded_to_whole_tiles(device: Device) -> None:
-    seconds = price_compute(gemm(np.array([2**14 + 1, 2**14 + 16])), device).seconds
+    seconds = on_device(gemm(np.array([2**14 + 1, 2**14 + 16])), device).seconds
     assert seconds[0] == seconds[1] == pytest.approx(LAUNCH + 2 * (2**14 + 16) * 4096**2 / FLOPS)
 
 
 def test_narrow_weights_use_the_fast_units(device: Device) -> None:
-    wide = price_compute(gemm(2**20), device)
-    narrow = price_compute(gemm(2**20, dtype="fp8"), device)
+    wide = on_device(gemm(2**20), device)
+    narrow = on_device(gemm(2**20, dtype="fp8"), device)
     assert narrow.seconds[0] - LAUNCH == pytest.approx((wide.seconds[0] - LAUNCH) / 2)
     assert narrow.evidence == "assumed"
 
@@ -81,45 +86,45 @@ def test_format_without_units_multiplies_in_bf16(device: Device) -> None:
 def test_experts_read_only_active_weights(device: Device) -> None:
     expert_bytes = 2 * 3 * 1024 * 512
     row_bytes = 2 * (2 * 1024 + 3 * 512)
-    one, three = price_compute(experts([[1, 0, 0, 0], [1, 1, 1, 0]]), device).seconds
+    one, three = on_device(experts([[1, 0, 0, 0], [1, 1, 1, 0]]), device).seconds
     assert one == pytest.approx(LAUNCH + (expert_bytes + 1e6 + row_bytes) / BANDWIDTH)
     assert three - LAUNCH == pytest.approx(3 * (one - LAUNCH))
 
 
 def test_experts_compute_padded_tiles_of_each(device: Device) -> None:
-    seconds = price_compute(experts([[80_001, 7, 0]]), device).seconds[0]
+    seconds = on_device(experts([[80_001, 7, 0]]), device).seconds[0]
     padded = 80_008 + 8
     assert seconds == pytest.approx(LAUNCH + padded * 2 * 3 * 1024 * 512 / FLOPS)
 
 
 def test_spreading_few_tokens_over_more_experts_costs_more(device: Device) -> None:
-    packed, spread = price_compute(experts([[4, 0, 0, 0], [1, 1, 1, 1]]), device).seconds
+    packed, spread = on_device(experts([[4, 0, 0, 0], [1, 1, 1, 1]]), device).seconds
     assert packed < spread
 
 
 def test_decode_is_bound_by_the_cache(device: Device) -> None:
     op = AttentionDecode(tokens=64, context=64 * 10_000, **GEOMETRY)
     moved = 640_000 * 2048 * 2 + 64 * 2 * 32 * 256
-    assert price_compute(op, device).seconds[0] == pytest.approx(LAUNCH + moved / BANDWIDTH)
+    assert on_device(op, device).seconds[0] == pytest.approx(LAUNCH + moved / BANDWIDTH)
 
 
 def test_prefill_is_bound_by_flops(device: Device) -> None:
     op = AttentionPrefill(tokens=32_768, pairs=32_768 * 32_769 // 2, **GEOMETRY)
     flops = 2 * (32_768 * 32_769 // 2) * 32 * 256
-    assert price_compute(op, device).seconds[0] == pytest.approx(LAUNCH + flops / FLOPS)
+    assert on_device(op, device).seconds[0] == pytest.approx(LAUNCH + flops / FLOPS)
 
 
 def test_streams_move_bytes(device: Device) -> None:
-    moved = price_compute(Permute(rows=10**6, row_bytes=4096), device).seconds[0]
+    moved = on_device(Permute(rows=10**6, row_bytes=4096), device).seconds[0]
     assert moved == pytest.approx(LAUNCH + 2 * 4096e6 / BANDWIDTH)
-    added = price_compute(Elementwise(bytes=10**9), device).seconds[0]
+    added = on_device(Elementwise(bytes=10**9), device).seconds[0]
     assert added == pytest.approx(LAUNCH + 1e9 / BANDWIDTH)
 
 
 def test_router_is_a_roofline_too(device: Device) -> None:
     op = Route(tokens=10**6, hidden=4096, experts=256, top_k=8, activation_dtype="bf16")
     bound = max(op.flops()[0] / FLOPS, op.bytes_moved()[0] / BANDWIDTH)
-    assert price_compute(op, device).seconds[0] == pytest.approx(LAUNCH + bound)
+    assert on_device(op, device).seconds[0] == pytest.approx(LAUNCH + bound)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_router_is_a_roofline_too(device: Device) -> None:
     ],
 )
 def test_no_work_costs_nothing(op, device: Device) -> None:
-    assert price_compute(op, device).seconds[0] == 0
+    assert on_device(op, device).seconds[0] == 0
 
 
 def test_interval_and_evidence_come_with_the_price(cluster: Cluster) -> None:
@@ -190,4 +195,4 @@ def test_never_faster_than_the_data_sheet(m: int, n: int, k: int) -> None:
     device = load_cluster("hgx-h200-8").device
     op = gemm(m, n, k)
     bound = max(op.flops()[0] / 989.4e12, op.bytes_moved()[0] / 4.8e12)
-    assert price_compute(op, device).seconds[0] > bound
+    assert on_device(op, device).seconds[0] > bound
