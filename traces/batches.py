@@ -130,6 +130,17 @@ def _taking_turns(
     return running, follow
 
 
+def phase_rows(trace: RoutingTrace, phase: Phase = "decode") -> Ints:
+    """Return the rows of a phase, request after request, each in order of position.
+
+    Raises
+    ------
+    InputError
+        If the trace has no row of the phase.
+    """
+    return _requests_of(trace, phase).rows
+
+
 def prefill_batches(
     trace: RoutingTrace, *, tokens: int, steps: int, seed: int, phase: Phase = "prefill"
 ) -> tuple[PrefillBatch, ...]:

@@ -20,6 +20,8 @@ _REMEDY = {
     "cells out of range": "ids must be below num_experts; are they physical slots?",
     "cells with a repeated expert": "a token's top-k must be distinct; was padding recorded?",
     "cells with bad weights": "weights must be finite and not negative",
+    "cells with bad candidates": "ids must be distinct and below num_experts",
+    "cells with bad candidate scores": "scores must be finite, not negative and descending",
 }
 
 
@@ -36,7 +38,7 @@ def check_cells(
     ----------
     columns : mapping
         ``request_id position step domain`` ``[T]``, ``experts`` and maybe ``weights``
-        ``[T, L, K]``.
+        ``[T, L, K]``, maybe ``candidates`` and ``candidate_scores`` ``[T, L, M]``.
     num_domains : int
         Domains that the file lists.
     where : str
@@ -50,7 +52,7 @@ def check_cells(
         One message that counts each kind of finding and names its first place.
     """
     found: dict[str, tuple[int, str]] = {}
-    rows = max(_CHUNK_CELLS // (meta.num_layers * meta.top_k), 1)
+    rows = max(_CHUNK_CELLS // (meta.num_layers * max(meta.top_k, meta.num_candidates)), 1)
     for start in range(0, len(columns["request_id"]), rows):
         chunk = {name: column[start : start + rows] for name, column in columns.items()}
         for kind, bad in _findings(chunk, meta, num_domains):
@@ -86,6 +88,14 @@ def _findings(
         weights = columns["weights"]
         good = np.isfinite(weights) & (weights >= 0)
         masks["cells with bad weights"] = ~good.all(axis=-1) & ~missing
+    if "candidates" in columns:
+        best, scores = np.sort(columns["candidates"], axis=-1), columns["candidate_scores"]
+        masks["cells with bad candidates"] = (best[..., 1:] == best[..., :-1]).any(axis=-1) | (
+            best[..., -1] >= meta.num_experts
+        )
+        fine = (np.isfinite(scores) & (scores >= 0)).all(axis=-1)
+        fine &= (scores[..., 1:] <= scores[..., :-1]).all(axis=-1)
+        masks["cells with bad candidate scores"] = ~fine
     yield from ((kind, mask) for kind, mask in masks.items() if mask.any())
 
 

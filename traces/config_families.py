@@ -227,8 +227,14 @@ def _dtypes(config: _Config) -> dict[str, str]:
             return dtypes | {"expert_dtype": stored, "weight_dtype": stored}
         config.problems.append(f"weight_block_size: {block!r} -- only [128, 128] is known")
         return dtypes
+    if method in ("gptq", "awq"):
+        packed = (quantization.get("bits"), quantization.get("group_size"))
+        if packed == (4, 128):
+            return dtypes | {"expert_dtype": "int4", "weight_dtype": "int4"}
+        config.problems.append(f"bits, group_size: {packed} -- only 4 bits in groups of 128")
+        return dtypes
     config.problems.append(
-        f"quantization_config: quant_method {method!r} is not supported -- supported are fp8 and "
-        "mxfp4; give the config of the unquantised or FP8 checkpoint"
+        f"quantization_config: quant_method {method!r} is not supported -- supported are fp8, "
+        "mxfp4, gptq and awq; give the config of the unquantised or FP8 checkpoint"
     )
     return dtypes

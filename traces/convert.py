@@ -19,6 +19,7 @@ from traces.meta import decode, encode
 from traces.routing_trace import MAX_BYTES, RoutingTrace, read_trace, write_trace
 
 _COLUMNS = ("request_id", "position", "decode", "step", "domain", "experts")
+_OPTIONAL = ("weights", "candidates", "candidate_scores")
 
 
 def convert(source: Path, target: Path) -> RoutingTrace:
@@ -82,11 +83,11 @@ def read_npz(path: Path) -> RoutingTrace:
             f"{path}: not a readable npz of plain arrays ({error}) -- truncated, or another format?"
         ) from error
     missing = {"meta", *_COLUMNS} - arrays.keys()
-    unknown = arrays.keys() - {"meta", "weights", *_COLUMNS}
+    unknown = arrays.keys() - {"meta", *_OPTIONAL, *_COLUMNS}
     if missing or unknown or arrays["meta"].dtype.kind != "U" or arrays["meta"].ndim:
         raise InputError(
             f"{path}: missing {sorted(missing)}, unknown {sorted(unknown)} -- an npz trace has "
-            f"{', '.join(_COLUMNS)}, maybe weights, and the text meta"
+            f"{', '.join(_COLUMNS)}, maybe {', '.join(_OPTIONAL)}, and the text meta"
         )
     try:
         meta, domains = decode(str(arrays.pop("meta")))
@@ -124,11 +125,11 @@ def write_jsonl(trace: RoutingTrace, path: Path) -> None:
         out.write(encode(trace.meta, trace.domains) + "\n")
         for start in range(0, trace.num_tokens, 4096):
             columns = {name: c[start : start + 4096].tolist() for name, c in trace.columns.items()}
-            weights = columns.get("weights", [None] * len(columns["experts"]))
-            for request, position, decoded, step, domain, experts, weight in zip(
-                *(columns[name] for name in _COLUMNS), weights, strict=True
+            more = [name for name in _OPTIONAL if name in columns]
+            for place, (request, position, decoded, step, domain, experts) in enumerate(
+                zip(*(columns[name] for name in _COLUMNS), strict=True)
             ):
-                tail = "" if weight is None else f', "weights": {json.dumps(weight)}'
+                tail = "".join(f', "{name}": {json.dumps(columns[name][place])}' for name in more)
                 out.write(
                     f'{{"request_id": {request}, "position": {position}, '
                     f'"phase": {phases[decoded]}, "step": {step}, "domain": {texts[domain]}, '

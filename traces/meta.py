@@ -39,6 +39,8 @@ class TraceMeta:
     synthetic: bool = False
     """True where no real model made these choices."""
     note: str = ""
+    num_candidates: int = 0
+    """Best candidates M recorded of each token and layer, with scores; 0 where none are."""
     schema: str = SCHEMA
 
     def __post_init__(self) -> None:
@@ -62,6 +64,13 @@ class TraceMeta:
             found.append(f"num_experts {self.num_experts} -- at most {MISSING - 1}")
         if self.top_k > self.num_experts:
             found.append(f"top_k {self.top_k} -- at most num_experts {self.num_experts}")
+        if self.num_candidates != 0 and not (
+            _is_count(self.num_candidates) and self.top_k < self.num_candidates <= self.num_experts
+        ):
+            found.append(
+                f"num_candidates {self.num_candidates!r} -- 0, or more than top_k {self.top_k} and "
+                f"at most num_experts {self.num_experts}"
+            )
         ids = self.moe_layer_ids
         if not ids or any(not _is_count(i + 1) for i in ids) or list(ids) != sorted(set(ids)):
             found.append(f"moe_layer_ids {list(ids)} -- layer indices from 0, ascending")
@@ -79,7 +88,10 @@ def _is_count(value: object) -> bool:
 
 def encode(meta: TraceMeta, domains: tuple[str, ...]) -> str:
     """Return the JSON document of the own schema."""
-    return json.dumps(asdict(meta) | {"domains": list(domains)})
+    data = asdict(meta)
+    if not meta.num_candidates:
+        del data["num_candidates"]  # as it was before candidates could be recorded
+    return json.dumps(data | {"domains": list(domains)})
 
 
 def decode(text: str | bytes) -> tuple[TraceMeta, tuple[str, ...]]:

@@ -6,7 +6,7 @@ embeddings included, and stored sizes include the block scales of the number for
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -36,8 +36,9 @@ class Attention(Strict):
     """MLA: elements of the one shared rotary key that is stored beside the latent."""
     qk_nope_head_dim: PositiveInt | None = None
     """MLA: elements per head without rotary position."""
-    windows: tuple[PositiveInt | None, ...]
-    """Tokens that each layer of the model attends to; None = all of them."""
+    windows: tuple[PositiveInt | None, ...] = ()
+    """Tokens that each layer of the model attends to; None = all of them. Empty: all in all layers
+    (filled in by the model)."""
     bias: Literal["none", "qkv", "qkvo"] = "none"
     """Projections that have a bias."""
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -134,6 +135,16 @@ class ModelSpec(Strict):
     """Format of the KV cache."""
     comm_size: PositiveInt
     """Elements per token that dispatch and combine send."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_attention(cls, data: Any) -> Any:
+        """Name every layer's window where none is given."""
+        if isinstance(data, dict) and isinstance(data.get("attention"), dict):
+            layers = data.get("num_layers")
+            if not data["attention"].get("windows") and isinstance(layers, int):
+                return data | {"attention": data["attention"] | {"windows": (None,) * layers}}
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelSpec":
@@ -237,7 +248,8 @@ def load_model(path: Path) -> ModelSpec:
     Parameters
     ----------
     path : Path
-        The file (JSON, or YAML with the same keys), or the folder that holds ``config.json``.
+        The file (JSON, or YAML with the same keys), or the folder that holds ``config.json``. For a
+        model that never had one, the fields of `ModelSpec` themselves.
 
     Raises
     ------
@@ -257,6 +269,8 @@ def load_model(path: Path) -> ModelSpec:
             f"{path}: {beside.name} beside it says that the checkpoint is quantised by modelopt, "
             "which is not supported -- give the config of the unquantised or FP8 checkpoint"
         )
+    if "moe_layer_ids" in config:
+        return validate(config, ModelSpec, str(path))
     fields = geometry(config, str(path))
     stem = path.parent.name if path.stem == "config" else path.stem.removesuffix("_config")
     return validate({"name": stem, **fields}, ModelSpec, str(path))

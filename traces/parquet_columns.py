@@ -6,6 +6,7 @@ anything is allocated; rows are read in batches.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,25 +22,40 @@ from traces.meta import META_KEY, TraceMeta, decode, decode_transport, encode
 
 Columns = dict[str, NDArray[Any]]
 """``request_id position decode step domain`` ``[T]``, ``experts`` and maybe ``weights``
-``[T, L, K]``."""
+``[T, L, K]``, maybe ``candidates`` and ``candidate_scores`` ``[T, L, M]``."""
+Shapes = dict[str, tuple[type, tuple[int, ...]]]
+"""Type and shape of one row of each column."""
+
+
+def row_shapes(meta: TraceMeta, *, weights: bool, candidates: bool) -> Shapes:
+    """Return type and shape of one row of each column of a trace."""
+    cells = (meta.num_layers, meta.top_k)
+    shapes: Shapes = {
+        "request_id": (np.int32, ()),
+        "position": (np.int32, ()),
+        "decode": (np.bool_, ()),
+        "step": (np.int32, ()),
+        "domain": (np.int16, ()),
+        "experts": (np.uint16, cells),
+    }
+    if weights:
+        shapes["weights"] = (np.float16, cells)
+    if candidates:
+        best = (meta.num_layers, meta.num_candidates)
+        shapes |= {"candidates": (np.uint16, best), "candidate_scores": (np.float16, best)}
+    return shapes
 
 
 def arrow_schema(meta: TraceMeta, domains: tuple[str, ...], *, weights: bool) -> Any:
     """Return the Arrow schema of the own format, metadata included."""
-    cells = meta.num_layers * meta.top_k
-    columns = [
-        ("request_id", pa.int32()),
-        ("position", pa.int32()),
-        ("decode", pa.bool_()),
-        ("step", pa.int32()),
-        ("domain", pa.int16()),
-        ("experts", pa.list_(pa.field("element", pa.uint16(), nullable=False), cells)),
-    ]
-    if weights:
-        columns.append(
-            ("weights", pa.list_(pa.field("element", pa.float16(), nullable=False), cells))
-        )
-    fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
+    fields = []
+    for name, (dtype, shape) in row_shapes(
+        meta, weights=weights, candidates=meta.num_candidates > 0
+    ).items():
+        kind = _arrow(dtype)
+        if shape:
+            kind = pa.list_(pa.field("element", kind, nullable=False), int(np.prod(shape)))
+        fields.append(pa.field(name, kind, nullable=False))
     return pa.schema(fields, metadata={META_KEY: encode(meta, domains).encode()})
 
 
@@ -66,7 +82,7 @@ class TraceFile:
         nor that of a transport file.
     """
 
-    def __init__(self, path: Path, *, weights: bool) -> None:
+    def __init__(self, path: Path, *, weights: bool, candidates: bool) -> None:
         self.path = path
         if not path.is_file():
             raise InputError(f"{path}: no such file -- give the path of a routing trace (Parquet)")
@@ -78,12 +94,12 @@ class TraceFile:
                 "Git LFS pointer, or another format? fetch or record it again"
             ) from error
         try:
-            self._open(weights)
+            self._open(weights, candidates)
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self, weights: bool) -> None:
+    def _open(self, weights: bool, candidates: bool) -> None:
         schema = self._file.schema_arrow
         stored = schema.metadata or {}
         self.num_rows: int = self._file.metadata.num_rows
@@ -96,7 +112,14 @@ class TraceFile:
                 self.meta, self.domains = decode_transport(stored), ()
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
-        self._weights = weights and "weights" in schema.names
+        if not candidates:
+            self.meta = replace(self.meta, num_candidates=0)
+        self.shapes = row_shapes(
+            self.meta,
+            weights=weights and "weights" in schema.names,
+            candidates=self.meta.num_candidates > 0,
+        )
+        """Type and shape of one row of each column that will be read."""
         problems = list(self._column_problems(schema))
         if problems:
             raise InputError(
@@ -114,20 +137,6 @@ class TraceFile:
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-    @property
-    def shapes(self) -> dict[str, tuple[type, tuple[int, ...]]]:
-        """Type and shape of one row of each column that will be read."""
-        cells = (self.meta.num_layers, self.meta.top_k)
-        shapes: dict[str, tuple[type, tuple[int, ...]]] = {
-            "request_id": (np.int32, ()),
-            "position": (np.int32, ()),
-            "decode": (np.bool_, ()),
-            "step": (np.int32, ()),
-            "domain": (np.int16, ()),
-            "experts": (np.uint16, cells),
-        }
-        return shapes | ({"weights": (np.float16, cells)} if self._weights else {})
 
     @property
     def bytes_in_memory(self) -> int:
@@ -162,7 +171,6 @@ class TraceFile:
         return "phase" if name == "decode" and not self._own else name
 
     def _column_problems(self, schema: Any) -> Iterator[str]:
-        cells = self.meta.num_layers * self.meta.top_k
         for name, (dtype, shape) in self.shapes.items():
             stored = self._stored_name(name)
             if stored not in schema.names:
@@ -173,10 +181,10 @@ class TraceFile:
                 right = pa.types.is_fixed_size_list(kind) and kind.value_type == _arrow(dtype)
                 if not right:
                     yield f"column {stored} is {kind}, must be fixed_size_list<{_arrow(dtype)}>"
-                elif kind.list_size != cells:
+                elif kind.list_size != np.prod(shape):
                     yield (
                         f"column {stored} lists {kind.list_size} values a row, the metadata says "
-                        f"{self.meta.num_layers} layers x top-{self.meta.top_k} = {cells}"
+                        f"{shape[0]} layers x top-{shape[1]} = {np.prod(shape)}"
                     )
             elif not self._own and name in ("decode", "domain"):
                 value = kind.value_type if pa.types.is_dictionary(kind) else kind

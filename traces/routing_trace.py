@@ -20,7 +20,7 @@ from basis.errors import InputError
 from traces.checks import check_cells, check_positions
 from traces.meta import TraceMeta
 from traces.model_spec import ModelSpec
-from traces.parquet_columns import Columns, TraceFile, arrow_schema, to_table
+from traces.parquet_columns import Columns, TraceFile, arrow_schema, row_shapes, to_table
 
 __all__ = [
     "RoutingTrace",
@@ -70,22 +70,23 @@ class RoutingTrace:
     """``[T, L, K]`` logical expert ids, distinct along K."""
     weights: NDArray[np.float16] | None = None
     """``[T, L, K]`` router weights of these experts, or None."""
+    candidates: NDArray[np.uint16] | None = None
+    """``[T, L, M]`` the M best-scored experts, best first, or None; the K that were chosen need
+    not be the first K (a router may limit groups or add a bias)."""
+    candidate_scores: NDArray[np.float16] | None = None
+    """``[T, L, M]`` the router's scores of these, descending, or None."""
 
     def __post_init__(self) -> None:
         tokens = len(self.request_id)
-        cells = (tokens, self.meta.num_layers, self.meta.top_k)
-        wanted: dict[str, tuple[type, tuple[int, ...]]] = {
-            "request_id": (np.int32, (tokens,)),
-            "position": (np.int32, (tokens,)),
-            "decode": (np.bool_, (tokens,)),
-            "step": (np.int32, (tokens,)),
-            "domain": (np.int16, (tokens,)),
-            "experts": (np.uint16, cells),
-        }
-        if self.weights is not None:
-            wanted["weights"] = (np.float16, cells)
-        for name, (dtype, shape) in wanted.items():
-            array = getattr(self, name)
+        recorded = (self.candidates is not None, self.candidate_scores is not None)
+        if recorded != (self.meta.num_candidates > 0,) * 2:
+            raise InputError(
+                f"trace: num_candidates {self.meta.num_candidates}, candidates and their scores "
+                f"{'given' if any(recorded) else 'missing'} -- give all three, or none of them"
+            )
+        wanted = row_shapes(self.meta, weights=self.weights is not None, candidates=recorded[0])
+        for name, (dtype, row) in wanted.items():
+            array, shape = getattr(self, name), (tokens, *row)
             if array.dtype != dtype or array.shape != shape:
                 raise InputError(
                     f"trace: {name} is {array.dtype}{list(array.shape)} -- must be "
@@ -109,8 +110,8 @@ class RoutingTrace:
 
     @property
     def columns(self) -> Columns:
-        """The arrays by name, ``weights`` only where there are some."""
-        names = ("request_id", "position", "decode", "step", "domain", "experts", "weights")
+        """The arrays by name, ``weights`` and candidates only where there are some."""
+        names = row_shapes(self.meta, weights=True, candidates=True)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def select(self, rows: NDArray[Any]) -> "RoutingTrace":
@@ -176,7 +177,7 @@ class TraceWriter:
     domains : tuple of str
         Names that the chunks' ``domain`` indexes.
     weights : bool
-        Whether the chunks carry router weights.
+        Whether the chunks carry router weights; ``meta`` says whether they carry candidates.
 
     Raises
     ------
@@ -245,7 +246,7 @@ def write_trace(trace: RoutingTrace, path: Path) -> None:
 
 
 def iter_trace(
-    path: Path, rows: int = _CHUNK_ROWS, *, weights: bool = True
+    path: Path, rows: int = _CHUNK_ROWS, *, weights: bool = True, candidates: bool = True
 ) -> Iterator[RoutingTrace]:
     """Read a trace in chunks of at most ``rows`` tokens, in bounded memory.
 
@@ -258,15 +259,15 @@ def iter_trace(
         A file in the own schema or a transport file.
     rows : int
         Tokens per chunk.
-    weights : bool
-        Whether to read the router weights, where the file has them.
+    weights, candidates : bool
+        Whether to read the router weights, and the best candidates, where the file has them.
 
     Raises
     ------
     InputError
         If the file is missing, not Parquet, truncated, of another schema, or has bad rows.
     """
-    with TraceFile(Path(path), weights=weights) as file:
+    with TraceFile(Path(path), weights=weights, candidates=candidates) as file:
         first_row = dropped = 0
         for columns in file.batches(rows):
             check_cells(columns, file.meta, len(file.domains), str(path), first_row)
@@ -278,15 +279,17 @@ def iter_trace(
         _report_dropped(path, dropped, first_row)
 
 
-def read_trace(path: Path, *, weights: bool = True, max_bytes: int = MAX_BYTES) -> RoutingTrace:
+def read_trace(
+    path: Path, *, weights: bool = True, candidates: bool = True, max_bytes: int = MAX_BYTES
+) -> RoutingTrace:
     """Read a whole trace.
 
     Parameters
     ----------
     path : Path
         A file in the own schema or a transport file.
-    weights : bool
-        Whether to read the router weights, where the file has them.
+    weights, candidates : bool
+        Whether to read the router weights, and the best candidates, where the file has them.
     max_bytes : int
         Refuse a file whose rows would take more memory than this (bytes).
 
@@ -300,7 +303,7 @@ def read_trace(path: Path, *, weights: bool = True, max_bytes: int = MAX_BYTES) 
     InputError
         As `iter_trace`; also where it is too large, or repeats a position of a request.
     """
-    with TraceFile(Path(path), weights=weights) as file:
+    with TraceFile(Path(path), weights=weights, candidates=candidates) as file:
         if file.bytes_in_memory > max_bytes:
             raise InputError(
                 f"{path}: {file.num_rows} rows take {file.bytes_in_memory / 2**30:.1f} GiB in "

@@ -1,8 +1,9 @@
 """Synthetic expert loads and traces, for benchmarks and tests; never a model's real routing.
 
 Loads are shares of a layer's choices (sum 1 over its experts). `synthetic_step_counts` draws
-loads only; `synthetic_trace` draws tokens with distinct experts. Neither has co-activation,
-reuse or layer-to-layer structure: what they can show is balance, not affinity.
+loads only; `synthetic_trace` draws tokens with distinct experts. Neither has co-activation or
+layer-to-layer structure; reuse between the tokens of a request only where it is asked for. What
+they can show is balance and cache mechanics, not affinity.
 """
 
 import csv
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_ndtr
 
 from basis.errors import InputError
+from traces.parquet_columns import Columns
 from traces.routing_trace import RoutingTrace, TraceMeta
 
 Floats = NDArray[np.float64]
 _CHUNK_CLOCKS = 2**22  # random clocks drawn at a time: 32 MiB
 _TOP = 32  # experts in the "top 32 share" of the statistics file
+_PERSISTENCE = 0.97  # of the slow part of router scores from token to token: about 30 tokens
 _MARGIN = 0.01  # of a bin's width that loads keep from its edges
 _BIN = "gpqa_experts_with_load_over_mean_in_"
 
@@ -56,7 +60,15 @@ def synthetic_step_counts(
 
 
 def synthetic_trace(
-    shares: Floats, *, tokens: int, requests: int, top_k: int, seed: int, model: str = "synthetic"
+    shares: Floats,
+    *,
+    tokens: int,
+    requests: int,
+    top_k: int,
+    seed: int,
+    model: str = "synthetic",
+    candidates: int = 0,
+    reuse: float = 0.0,
 ) -> RoutingTrace:
     """Draw a decode trace whose expected loads are the shares, with distinct experts per token.
 
@@ -64,6 +76,13 @@ def synthetic_trace(
     experts (Gumbel top-k). With w = -log(1 - top_k * share) an expert is among them with
     probability close to ``top_k * share`` (B. Rosen, "Asymptotic theory for order sampling",
     1997). Layers and tokens are independent.
+
+    With ``candidates`` or ``reuse`` the clocks are -log Phi(z) of normal z, so the expected loads
+    stay the same; z is a slow part that drifts along a request (correlation 0.97 between
+    consecutive tokens, an assumption) plus a part that is new for each token. A router
+    score is proportional to 1 / clock (its log has Gumbel noise: Plackett-Luce), and the sum over
+    all experts is 1: the ``top_k`` are the first candidates, and the router weights are
+    their scores over the sum of these.
 
     Parameters
     ----------
@@ -74,48 +93,99 @@ def synthetic_trace(
     top_k, seed : int
     model : str
         Name for the metadata, which also says ``synthetic``.
+    candidates : int
+        Best experts M of each token and layer to record, with their scores and the router
+        weights; 0 = the chosen experts only.
+    reuse : float
+        Share of the variance of z that is in the slow part, from 0 to 1.
 
     Raises
     ------
     InputError
         If the shares cannot be those of distinct experts, or a count is impossible.
     """
-    _check_shares(shares)
+    _check_draw(shares, tokens, requests, top_k, reuse)
     layers, experts = shares.shape
-    if not 1 <= requests <= tokens:
-        raise InputError(f"requests {requests} -- must be between 1 and tokens ({tokens})")
-    if shares.max() * top_k >= 1:
-        raise InputError(
-            f"largest share {shares.max():.3f} -- with top-{top_k} distinct experts a share is "
-            f"below 1/{top_k}; use synthetic_step_counts, or a smaller skew"
-        )
-    if top_k > np.count_nonzero(shares, axis=1).min():
-        raise InputError(f"top_k {top_k} -- at most the experts with a positive share")
-    rng = np.random.default_rng(seed)
     with np.errstate(divide="ignore"):
         mean_clock = -1 / np.log1p(-top_k * shares)  # infinite where the share is zero
-    picked = np.empty((tokens, layers, top_k), np.uint16)
-    rows = max(_CHUNK_CLOCKS // shares.size, 1)
-    for start in range(0, tokens, rows):
-        part = picked[start : start + rows]
-        clocks = rng.standard_exponential((len(part), layers, experts)) * mean_clock
-        part[:] = np.argpartition(clocks, top_k - 1, axis=-1)[..., :top_k]
     request = np.arange(tokens) * requests // tokens
     position = np.arange(tokens) - np.searchsorted(request, request)
+    note = "independent tokens and layers; only the loads mean anything"
+    if reuse:
+        note = f"independent layers; reuse {reuse} between the tokens of a request is made up"
+    meta = TraceMeta(
+        model=model, num_experts=experts, top_k=top_k, moe_layer_ids=tuple(range(layers)),
+        source=f"traces.synth.synthetic_trace, seed {seed}", licence="Apache-2.0",
+        synthetic=True, note=note, num_candidates=candidates,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    if candidates or reuse:
+        cells = _scored_cells(mean_clock, position, meta, reuse, rng)
+    else:
+        cells = {"experts": _fastest(mean_clock, tokens, top_k, rng)}
     return RoutingTrace(
-        meta=TraceMeta(
-            model=model, num_experts=experts, top_k=top_k, moe_layer_ids=tuple(range(layers)),
-            source=f"traces.synth.synthetic_trace, seed {seed}", licence="Apache-2.0",
-            synthetic=True, note="independent tokens and layers; only the loads mean anything",
-        ),
+        meta=meta,
         request_id=request.astype(np.int32),
         position=position.astype(np.int32),
         decode=np.ones(tokens, np.bool_),
         step=position.astype(np.int32),
         domain=np.zeros(tokens, np.int16),
         domains=("synthetic",),
-        experts=picked,
-    )  # fmt: skip
+        **cells,
+    )
+
+
+def _fastest(
+    mean_clock: Floats, tokens: int, top_k: int, rng: np.random.Generator
+) -> NDArray[np.uint16]:
+    """Draw the experts ``[T, L, K]`` of independent tokens, in no order."""
+    picked = np.empty((tokens, len(mean_clock), top_k), np.uint16)
+    rows = max(_CHUNK_CLOCKS // mean_clock.size, 1)
+    for start in range(0, tokens, rows):
+        part = picked[start : start + rows]
+        clocks = rng.standard_exponential((len(part), *mean_clock.shape)) * mean_clock
+        part[:] = np.argpartition(clocks, top_k - 1, axis=-1)[..., :top_k]
+    return picked
+
+
+def _scored_cells(
+    mean_clock: Floats, position: NDArray[Any], meta: TraceMeta, reuse: float,
+    rng: np.random.Generator,
+) -> Columns:  # fmt: skip
+    """Draw experts and weights ``[T, L, K]``, and candidates with scores ``[T, L, M]``.
+
+    Requests lie one after the other; they are drawn side by side, position by position.
+    """
+    best = max(meta.num_candidates, meta.top_k)
+    ids = np.empty((len(position), len(mean_clock), best), np.uint16)
+    scores = np.empty(ids.shape, np.float64)
+    starts = np.flatnonzero(position == 0)
+    lengths = np.diff([*starts, len(position)])
+    group = max(_CHUNK_CLOCKS // mean_clock.size, 1)
+    for first in range(0, len(starts), group):
+        start, length = starts[first : first + group], lengths[first : first + group]
+        slow = rng.standard_normal((len(start), *mean_clock.shape))
+        for place in range(int(length.max())):
+            if place:
+                step = rng.standard_normal(slow.shape)
+                slow = _PERSISTENCE * slow + np.sqrt(1 - _PERSISTENCE**2) * step
+            z = np.sqrt(reuse) * slow + np.sqrt(1 - reuse) * rng.standard_normal(slow.shape)
+            clocks = -log_ndtr(z) * mean_clock
+            order = np.argsort(clocks, axis=-1)[..., :best]
+            share = 1 / clocks
+            share /= share.sum(axis=-1, keepdims=True)
+            running = place < length
+            rows = (start + place)[running]
+            ids[rows] = order[running]
+            scores[rows] = np.take_along_axis(share, order, axis=-1)[running]
+    chosen = scores[..., : meta.top_k]
+    cells: Columns = {
+        "experts": ids[..., : meta.top_k].copy(),
+        "weights": (chosen / chosen.sum(axis=-1, keepdims=True)).astype(np.float16),
+    }
+    if meta.num_candidates:
+        cells |= {"candidates": ids, "candidate_scores": scores.astype(np.float16)}
+    return cells
 
 
 def shares_from_loadstats(csv_path: Path, num_experts: int, seed: int) -> Floats:
@@ -232,3 +302,18 @@ def _fill(low: Floats, high: Floats, group: NDArray[np.int64], total: float) -> 
 def _check_shares(shares: NDArray[Any]) -> None:
     if shares.ndim != 2 or (shares < 0).any() or not np.allclose(shares.sum(axis=1), 1):
         raise InputError(f"shares {list(shares.shape)} -- [layers, experts], each row sums to 1")
+
+
+def _check_draw(shares: Floats, tokens: int, requests: int, top_k: int, reuse: float) -> None:
+    _check_shares(shares)
+    if not 1 <= requests <= tokens:
+        raise InputError(f"requests {requests} -- must be between 1 and tokens ({tokens})")
+    if shares.max() * top_k >= 1:
+        raise InputError(
+            f"largest share {shares.max():.3f} -- with top-{top_k} distinct experts a share is "
+            f"below 1/{top_k}; use synthetic_step_counts, or a smaller skew"
+        )
+    if top_k > np.count_nonzero(shares, axis=1).min():
+        raise InputError(f"top_k {top_k} -- at most the experts with a positive share")
+    if not 0 <= reuse <= 1:
+        raise InputError(f"reuse {reuse} -- a share of the variance, from 0 to 1")
