@@ -209,16 +209,19 @@ def fit_transfer(frame: pd.DataFrame, port: float) -> Fit:
 
 
 def fit_links(gpu: str) -> dict[str, Fit]:
-    """All-to-all by the MoE engines' own kernels where measured, by NCCL elsewhere."""
+    """All-to-all by the MoE engines' own kernels where measured, by NCCL elsewhere.
+
+    The halves of an all-reduce are NCCL's; the all-reduce itself is TensorRT-LLM's own.
+    """
     exchange = (
         tables.nvlink_alltoall(gpu).assign(group=0) if gpu == "gb200" else tables.deepep(gpu, 1)
     )
     if exchange.empty:
         exchange = tables.collective(gpu, "all_to_all")
-    reduce = tables.collective(gpu, "all_reduce")
+    rings = {n: tables.collective(gpu, n) for n in ("all_reduce", "all_gather", "reduce_scatter")}
     return {
         "all_to_all": fit_transfer(exchange, PORTS[gpu]),
-        "all_reduce": fit_transfer(reduce, PORTS[gpu]),
+        **{name: fit_transfer(ring, PORTS[gpu]) for name, ring in rings.items()},
     }
 
 

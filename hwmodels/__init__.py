@@ -7,6 +7,7 @@ from hwmodels.device import Device, Memory, Processor
 from hwmodels.figures import Figure, KernelCost, TransferCost
 from hwmodels.link import Link
 from hwmodels.ops import (
+    AllGather,
     AllReduce,
     AllToAll,
     AttentionDecode,
@@ -17,12 +18,14 @@ from hwmodels.ops import (
     GroupedGemm,
     Op,
     Permute,
+    ReduceScatter,
     Route,
     Stage,
 )
 from hwmodels.topology import Cluster, Node
 
 __all__ = [
+    "AllGather",
     "AllReduce",
     "AllToAll",
     "AttentionDecode",
@@ -43,6 +46,7 @@ __all__ = [
     "Permute",
     "Price",
     "Processor",
+    "ReduceScatter",
     "Route",
     "Stage",
     "TransferCost",

@@ -1,14 +1,22 @@
 """The attention block of a layer as work: grouped-query, or multi-head latent (MLA).
 
 A rank's decode tokens read the cached keys and values of their own requests; prefill tokens
-multiply with the (query, key) pairs that causality and windows leave.
+multiply with the (query, key) pairs that causality and windows leave. Heads are divided over the
+ranks of a tp group, key/value heads with them as far as there are any; a latent is on every rank.
 """
 
 from typing import TypedDict
 
 import numpy as np
 
-from hwmodels.ops import AttentionDecode, AttentionPrefill, Op, Stage
+from hwmodels.ops import (
+    AllReduce,
+    AttentionDecode,
+    AttentionPrefill,
+    Op,
+    ReduceScatter,
+    Stage,
+)
 from simulator.work import Rows, Work
 
 
@@ -25,15 +33,26 @@ class _Heads(TypedDict):
 
 
 def attention(r: Rows) -> list[Work]:
-    """Attention of every layer: norm, projections, scores, output."""
-    a = r.model.attention
+    """Attention of every layer: norm, projections, scores, output, and the sum over the tp group.
+
+    Where the experts take each rank's slice of the tokens, the sum is a reduce-scatter.
+    """
+    a = r.attention
     kernels = _mla(r) if a.kind == "mla" else _gqa(r)
     out = _project(r, "o", r.model.hidden_size, a.num_heads * a.v_head_dim)
-    return [r.norm("attention norm", r.all_layers), *kernels, out]
+    whole = r.all_layers if r.layout.fused else r.dense_layers
+    scattered = () if r.layout.fused else r.moe_layers
+    return [
+        r.norm("attention norm", r.all_layers),
+        *kernels,
+        out,
+        *r.over_tp(AllReduce, "attention all-reduce", whole),
+        *r.over_tp(ReduceScatter, "attention reduce-scatter", scattered),
+    ]
 
 
 def _gqa(r: Rows) -> list[Work]:
-    a = r.model.attention
+    a = r.attention
     q, k, v = (
         a.num_heads * a.head_dim,
         a.num_kv_heads * a.head_dim,
@@ -55,7 +74,7 @@ def _gqa(r: Rows) -> list[Work]:
 
 def _mla(r: Rows) -> list[Work]:
     """Latent attention: absorbed in decode (scores against the latent), expanded in prefill."""
-    a, every = r.model.attention, r.all_layers
+    a, every = r.attention, r.all_layers
     rank, rope, nope = a.kv_lora_rank or 0, a.qk_rope_head_dim or 0, a.qk_nope_head_dim or 0
     hidden, heads = r.model.hidden_size, a.num_heads
     queries = heads * (nope + rope)
@@ -102,7 +121,7 @@ def _score(
     tokens = np.broadcast_to(loads.tokens[:, None, :], shape).ravel()
     context = loads.context.ravel()
     heads: _Heads = {
-        "num_heads": r.model.attention.num_heads,
+        "num_heads": r.attention.num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "v_head_dim": v_head_dim,

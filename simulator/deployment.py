@@ -15,35 +15,17 @@ from basis.errors import InputError
 from basis.schema import Strict
 from hwmodels.cluster import Cluster
 from simulator.dispatch import Dispatch, Dispatcher
+from simulator.layout import Layout
+from simulator.offload import Offload
+from simulator.parallelism import Parallelism
 from simulator.placement import Placement
 from traces.model_spec import ModelSpec
 
+__all__ = ["Deployment", "Overlap", "Parallelism", "Workload"]
 
-class AttentionLayout(Strict):
-    """How attention, dense layers and the head are spread over the ranks."""
-
-    dp: int = Field(ge=1)
-    """Data-parallel degree: each rank works on requests of its own."""
-    tp: int = Field(default=1, ge=1)
-    """Tensor-parallel degree."""
-    pp: int = Field(default=1, ge=1)
-    """Pipeline stages."""
-
-
-class ExpertLayout(Strict):
-    """How the routed experts are spread over the ranks."""
-
-    ep: int = Field(ge=1)
-    """Expert-parallel degree: ranks over which the slots of a layer are divided."""
-    tp: int = Field(default=1, ge=1)
-    """Tensor-parallel degree inside one expert."""
-
-
-class Parallelism(Strict):
-    """The two independent halves of a parallel layout."""
-
-    attention: AttentionLayout
-    experts: ExpertLayout
+Overlap = Literal["none", "two_batch"]
+"""``two_batch``: the tokens of a step are halved, and the communication of each half runs beside
+the compute of the other."""
 
 
 class Deployment(Strict):
@@ -56,6 +38,10 @@ class Deployment(Strict):
     """How tokens choose among replicas."""
     slot_share: tuple[tuple[float, ...], ...] | None = None
     """Share of its expert's tokens that each slot takes, [MoE layers][slots]; for ``shares``."""
+    overlap: Overlap = "none"
+    """What runs beside what."""
+    offload: Offload | None = None
+    """Experts in more than one memory; none: all in the device's own."""
 
     @classmethod
     def of(
@@ -63,28 +49,38 @@ class Deployment(Strict):
         placement: Placement,
         dispatch: Dispatch = "even",
         slot_share: NDArray[np.float64] | None = None,
+        parallelism: Parallelism | None = None,
     ) -> Self:
-        """Describe a placement under attention DP = EP = its number of ranks."""
-        ranks = placement.num_ranks
+        """Describe a placement; without a layout under attention DP = EP = its ranks."""
         return cls(
-            parallelism=Parallelism(
-                attention=AttentionLayout(dp=ranks), experts=ExpertLayout(ep=ranks)
-            ),
+            parallelism=parallelism or Parallelism.dp_ep(placement.num_ranks),
             physical_to_logical_map=tuple(map(tuple, placement.slots.tolist())),
             dispatch=dispatch,
             slot_share=None if slot_share is None else tuple(map(tuple, slot_share.tolist())),
         )
 
-    def placement_for(self, model: ModelSpec, cluster: Cluster) -> Placement:
-        """Return the placement, checked against the model and the cluster.
+    def layout_for(self, model: ModelSpec, cluster: Cluster) -> Layout:
+        """Return the layout on the cluster's ranks, checked against the model.
 
         Raises
         ------
         InputError
-            If the layout is one that is not simulated, the map's rows or ids do not fit the
-            model, or the slots do not divide over the ranks.
+            If it does not divide the ranks or the model; see `Layout.check`.
         """
-        _check_layout(self.parallelism, cluster)
+        layout = Layout.of(self.parallelism, cluster.num_ranks)
+        layout.check(model)
+        return layout
+
+    def placement_for(self, model: ModelSpec, cluster: Cluster) -> Placement:
+        """Return the placement over the expert-parallel ranks, checked against both.
+
+        Raises
+        ------
+        InputError
+            If the layout does not divide the ranks, the model or the slots, or the map's rows or
+            ids do not fit the model.
+        """
+        layout = self.layout_for(model, cluster)
         rows = self.physical_to_logical_map
         _check_rectangular(rows, "physical_to_logical_map")
         if len(rows) != model.num_moe_layers:
@@ -96,18 +92,22 @@ class Deployment(Strict):
         return Placement(
             slots=np.array(rows, dtype=np.int32),
             num_experts=model.num_experts,
-            num_ranks=self.parallelism.experts.ep,
+            num_ranks=layout.ep,
         )
 
     def dispatcher_for(self, model: ModelSpec, cluster: Cluster) -> Dispatcher:
-        """Return what assigns tokens to slots; the errors are those of `placement_for`."""
+        """Return what assigns tokens to slots inside the first block of ranks.
+
+        The errors are those of `placement_for`.
+        """
         share = self.slot_share
         if share is not None:
             _check_rectangular(share, "slot_share")
+        layout = self.layout_for(model, cluster)
         return Dispatcher(
             placement=self.placement_for(model, cluster),
             dispatch=self.dispatch,
-            node_of=np.asarray(cluster.node_of, dtype=np.int64),
+            node_of=np.asarray(cluster.node_of, dtype=np.int64)[layout.exchange_groups[0]],
             slot_share=None if share is None else np.array(share, dtype=np.float64),
         )
 
@@ -135,20 +135,6 @@ class Workload(Strict):
     def tokens(self) -> int:
         """Tokens of a decode step, or the budget of a prefill step, over all ranks."""
         return self.decode_batch or self.prefill_tokens or 0
-
-
-def _check_layout(layout: Parallelism, cluster: Cluster) -> None:
-    attention, experts, ranks = layout.attention, layout.experts, cluster.num_ranks
-    if (attention.tp, attention.pp, experts.tp) != (1, 1, 1):
-        raise InputError(
-            f"attention tp {attention.tp}, pp {attention.pp}, experts tp {experts.tp} -- only "
-            "attention data parallelism with expert parallelism is simulated: set tp and pp to 1"
-        )
-    if (attention.dp, experts.ep) != (ranks, ranks):
-        raise InputError(
-            f"attention dp {attention.dp} and experts ep {experts.ep} on {ranks} ranks of "
-            f"{cluster.name} -- both must be {ranks}, the number of ranks of the cluster"
-        )
 
 
 def _check_rectangular(rows: Sequence[Sequence[float]], name: str) -> None:

@@ -78,7 +78,7 @@ class Dispatcher:
         group = layers * place.num_experts + experts.astype(np.int64)
         if self.dispatch == "nearest":
             group = group * place.num_ranks + home[:, None, None]
-        nth = _occurrence(group) + _start(group, seed)
+        nth = occurrence(group) + _start(group, seed)
         if self.slot_share is not None:
             at = self._share_ends[layers, experts]
             return first[
@@ -162,7 +162,7 @@ def _check_shares(share: NDArray[np.float64], placement: Placement) -> None:
         )
 
 
-def _occurrence(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def occurrence(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return how many earlier entries (token order) are of the same group, same shape."""
     flat = group.ravel()
     order = np.argsort(flat, kind="stable")

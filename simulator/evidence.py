@@ -3,27 +3,39 @@
 Shares are of the ranks' busy time, so that a reader sees how much of the answer hangs on what.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from basis.evidence import Evidence
 from hwmodels.cluster import Cluster
 from hwmodels.device import Kernel
+from hwmodels.link import Transfer
 from hwmodels.ops import (
+    AllGather,
+    AllReduce,
     AllToAll,
     AttentionDecode,
     AttentionPrefill,
+    Copy,
     Gemm,
     GroupedGemm,
     Op,
     Permute,
+    ReduceScatter,
     Route,
 )
 from simulator.batches import Composition
 from simulator.pricing import PricedStep
 from simulator.work import Work
 from traces.routing_trace import RoutingTrace
+
+_TRANSFERS: dict[type, Transfer] = {
+    AllToAll: "all_to_all",
+    AllReduce: "all_reduce",
+    AllGather: "all_gather",
+    ReduceScatter: "reduce_scatter",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +65,9 @@ def list_evidence(
     share: dict[tuple[str, Evidence, str], float] = defaultdict(float)
     times = _seconds(works, priced)
     for work, evidence, seconds in zip(works, priced.evidence, times, strict=True):
-        kind, source = _source(work.op, cluster)
-        names[kind, evidence, source].append(work.name)
+        kind, source = _source(work, cluster)
+        if work.name not in names[kind, evidence, source]:
+            names[kind, evidence, source].append(work.name)
         share[kind, evidence, source] += float(seconds / busy)
     kernels = [
         EvidenceItem(
@@ -85,23 +98,31 @@ def _inputs(trace: RoutingTrace, composition: Composition) -> tuple[EvidenceItem
 
 
 def _seconds(works: Sequence[Work], priced: PricedStep) -> list[float]:
-    """Busy time of each work over all steps, layers and ranks."""
-    per_item = priced.seconds.sum(axis=(0, 2))
-    return [
-        float(per_item[[i for i, item in enumerate(priced.items) if item.name == work.name]].sum())
-        for work in works
-    ]
+    """Busy time of each work over all steps, layers and ranks; equal names share theirs."""
+    total: dict[str, float] = defaultdict(float)
+    for item, seconds in zip(priced.items, priced.seconds.sum(axis=(0, 2)).tolist(), strict=True):
+        total[item.name] += seconds
+    bearers = Counter(work.name for work in works)
+    return [total[work.name] / bearers[work.name] for work in works]
 
 
-def _source(op: Op, cluster: Cluster) -> tuple[str, str]:
+def _source(work: Work, cluster: Cluster) -> tuple[str, str]:
     """Return the kind of kernel and the source of its cost model."""
-    if isinstance(op, AllToAll):
+    op = work.op
+    if isinstance(op, Copy):
+        path = cluster.path(op.source, op.target)
+        keys = sorted({link.cost("copy").source for link in path})
+        cited = "; ".join(cluster.sources.get(key, key) for key in keys)
+        return f"copy {op.source} to {op.target}", cited
+    if isinstance(op, (AllToAll, AllReduce, AllGather, ReduceScatter)):
+        name = _TRANSFERS[type(op)]
         links = [cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None]
-        sources = {k.cost("all_to_all").source for k in links if k is not None}
-        return "all_to_all", "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
+        sources = {k.cost(name).source for k in links if k is not None}
+        return name, "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
     kind, dtype = _kernel(op)
-    source = cluster.device.kernel(kind, dtype)[0].source
-    return kind, cluster.device.sources.get(source, source)
+    source = cluster.processor(work.on).kernel(kind, dtype)[0].source
+    cited = cluster.device.sources.get(source, cluster.sources.get(source, source))
+    return kind if work.on is None else f"{kind} on {work.on}", cited
 
 
 def _kernel(op: Op) -> tuple[Kernel, str]:

@@ -1,19 +1,30 @@
-"""One step of a Mixture-of-Experts transformer as operations, layer by layer.
+"""One step of a Mixture-of-Experts transformer as operations, layer by layer, on a layout.
 
-Attention is data parallel: a rank works on its own requests with a full copy of everything but the
-routed experts, which are spread over the ranks. docs/background/step-model.md says what a step
-contains and what is left out.
+Attention, dense layers and the head are cut over the ranks of a tp group, experts over those of a
+block; the layout says which collectives stand between. docs/background/step-model.md says what a
+step contains and what is left out.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hwmodels.ops import AllToAll, Gemm, GroupedGemm, Op, Permute, Route, Stage
+from hwmodels.ops import (
+    AllGather,
+    AllReduce,
+    Gemm,
+    GroupedGemm,
+    Op,
+    Permute,
+    ReduceScatter,
+    Route,
+    Stage,
+)
 from simulator.attention import attention
 from simulator.loads import StepLoads
-from simulator.program import Stream
 from simulator.work import Rows, Work
 from traces.model_spec import ModelSpec
+
+TOKEN_ID_BYTES = 4
+"""Bytes of a sampled token that the last pipeline stage sends to the first."""
 
 
 def lower(model: ModelSpec, loads: StepLoads) -> list[Work]:
@@ -23,53 +34,84 @@ def lower(model: ModelSpec, loads: StepLoads) -> list[Work]:
     ----------
     model : ModelSpec
     loads : StepLoads
-        What each step asks of each rank.
+        What each step asks of each rank, and the layout.
 
     Returns
     -------
     list of Work
-        With one rank there is no dispatch and no combine.
+        Collectives of one rank are left out.
     """
     rows = Rows(model, loads)
     return [
+        *_arrive(rows),
         rows.stream("embedding", Stage.EMBED, 2 * model.hidden_size, (-1,)),
+        *rows.over_tp(AllReduce, "embedding all-reduce", (-1,)),
         *attention(rows),
         *_dense_ffn(rows),
         *_experts(rows),
         *_head(rows),
+        *_leave(rows),
     ]
+
+
+def _arrive(r: Rows) -> list[Work]:
+    """Gather what a stage's ranks received, each from its peer, over the tp group."""
+    stages = r.layout.stage_layers(r.model.num_layers)[1:]
+    firsts = tuple(layers[0] for layers in stages)
+    return r.over_tp(AllGather, "stage all-gather", firsts)
+
+
+def _leave(r: Rows) -> list[Work]:
+    """Send activations to the next pipeline stage, and sampled tokens back to the first."""
+    pp, stages = r.layout.pp, r.layout.stage_layers(r.model.num_layers)
+    if pp == 1:
+        return []
+    hidden = r.loads.slices * np.float64(r.model.hidden_size * r.element)
+    sends = [r.hand_over("send", hidden, stages[s][-1], s, s + 1) for s in range(pp - 1)]
+    sampled = r.loads.slices * np.float64(TOKEN_ID_BYTES)
+    back = r.hand_over("send back", sampled, r.model.num_layers, pp - 1, 0)
+    return [*sends, back] if r.loads.decode else sends
 
 
 def _head(r: Rows) -> list[Work]:
     end = (r.model.num_layers,)
     head = Gemm(
         m=r.loads.sequences.ravel(),
-        n=r.model.vocab_size,
+        n=r.layout.vocabulary(r.model),
         k=r.model.hidden_size,
         weight_dtype=r.dtype,  # the head is not quantised
         activation_dtype=r.dtype,
     )
-    return [r.norm("final norm", end), r.work("lm head", Stage.HEAD, head, end)]
+    logits = r.layout.vocabulary(r.model) * r.layout.tp
+    return [
+        r.norm("final norm", end),
+        r.work("lm head", Stage.HEAD, head, end),
+        *r.over_tp(AllGather, "logits all-gather", end, logits, r.loads.sequences),
+    ]
 
 
 def _dense_ffn(r: Rows) -> list[Work]:
     layers = r.dense_layers
     if not layers:
         return []
-    width = r.model.dense_width
-    return [r.norm("ffn norm", layers), *r.ffn("ffn", Stage.DENSE_FFN, width, layers)]
+    width = r.model.dense_width // r.layout.tp
+    return [
+        r.norm("ffn norm", layers),
+        *r.ffn("ffn", Stage.DENSE_FFN, width, layers),
+        *r.over_tp(AllReduce, "ffn all-reduce", layers),
+    ]
 
 
 def _experts(r: Rows) -> list[Work]:
     model, loads, moe = r.model, r.loads, r.moe_layers
     shape = (loads.num_steps, len(moe), loads.num_ranks)
-    per_slot = loads.per_slot.reshape(np.prod(shape), -1)  # a rank's slots lie together
+    per_slot = loads.rows.reshape(np.prod(shape), -1)
 
     def each(name: str, stage: Stage, op: Op) -> Work:
         return Work(name=name, stage=stage, op=op, shape=shape, layers=moe)
 
     route = Route(
-        tokens=r.tokens,
+        tokens=r.routed,
         hidden=model.hidden_size,
         experts=model.num_experts,
         top_k=model.top_k,
@@ -79,44 +121,42 @@ def _experts(r: Rows) -> list[Work]:
     grouped = GroupedGemm(
         tokens_per_expert=per_slot,
         hidden=model.comm_size,
-        width=model.expert_width,
+        width=r.layout.slice_width(model),
         gated=model.gated,
         weight_dtype=model.expert_dtype,
         activation_dtype=r.dtype,
     )
-    works = [r.norm("moe norm", moe), r.work("router", Stage.ROUTER, route, moe)]
+    works = [r.norm("moe norm", moe, r.routed), r.work("router", Stage.ROUTER, route, moe)]
     if model.shared_expert_width:
-        width = model.shared_expert_width
-        works += r.ffn("shared experts", Stage.SHARED_EXPERTS, width, moe)
+        width = r.layout.shared_width(model)
+        works += r.ffn("shared experts", Stage.SHARED_EXPERTS, width, moe, r.routed)
     return [
         *works,
-        *_exchange("dispatch", Stage.DISPATCH, loads.sent, shape, moe),
+        *r.exchange("dispatch", Stage.DISPATCH, loads.sent, moe),
+        *_gather(r, AllGather, "dispatch all-gather", Stage.DISPATCH),
         each("permute", Stage.EXPERTS, moved),
         each("experts", Stage.EXPERTS, grouped),
         each("unpermute", Stage.EXPERTS, moved),
-        *_exchange("combine", Stage.COMBINE, loads.sent.swapaxes(-1, -2), shape, moe),
+        *_gather(r, ReduceScatter, "combine reduce-scatter", Stage.COMBINE),
+        *r.exchange("combine", Stage.COMBINE, loads.sent.swapaxes(-1, -2), moe),
+        *(
+            r.over_tp(AllReduce, "experts all-reduce", moe)
+            if r.layout.fused
+            else r.over_tp(AllGather, "tokens all-gather", moe)
+        ),
     ]
 
 
-def _exchange(
-    name: str,
-    stage: Stage,
-    sent: NDArray[np.float64],
-    shape: tuple[int, int, int],
-    layers: tuple[int, ...],
+def _gather(
+    r: Rows, kind: type[AllGather] | type[ReduceScatter], name: str, stage: Stage
 ) -> list[Work]:
-    steps, count, ranks = shape
-    if ranks == 1:
+    """Gather the tokens of the ranks that share experts' widths (or all experts), or the reverse.
+
+    The tensor is every token on these ranks once; in a fused layout they have all of them.
+    """
+    if r.loads.arrived is None:
         return []
-    op = AllToAll(traffic=sent.reshape(steps * count, ranks, ranks))
-    return [
-        Work(
-            name=name,
-            stage=stage,
-            op=op,
-            shape=(steps, count, 1),
-            layers=layers,
-            stream=Stream.COMMUNICATION,
-            groups=(0,) * ranks,
-        )
-    ]
+    size = r.layout.gathered
+    arrived = r.loads.arrived.reshape(*r.loads.arrived.shape[:2], -1, size).sum(axis=-1)
+    tensor = arrived * np.float64(r.model.comm_size * r.element)
+    return r.ring(kind, name, stage, size, tensor, r.moe_layers)

@@ -1,7 +1,8 @@
-"""Memory of each rank in bytes: weights, expert slots, KV cache, buffers; and whether it fits.
+"""Memory of each rank in bytes on a layout: weights, expert slots, KV cache, buffers.
 
-Under attention data parallelism every rank holds everything but the routed experts. The rules of
-buffers and reserve are stated here and are assumptions; weights and KV cache are counts.
+Weights and KV cache are counts; the rules of activations and communication buffers are stated
+here and are assumptions. Ranks of a tp group share attention, dense layers and vocabulary, those
+of a block the experts, pipeline stages the layers.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
-from basis.errors import InfeasibleError
-from basis.units import format_quantity
-from hwmodels.cluster import Cluster
 from simulator.batches import StepBatch
+from simulator.layout import Layout
+from simulator.parallelism import Parallelism
 from simulator.placement import Placement
 from traces.model_spec import ModelSpec
 
@@ -22,37 +22,55 @@ USABLE = 0.9
 """Share of a device's memory that weights, cache and buffers may take; assumed. The rest is left
 to the runtime, graphs and fragmentation, as the serving engines' default of 0.9 does."""
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryNeed:
-    """Bytes that each rank needs at its fullest simulated step."""
+    """Bytes that each rank needs at its fullest simulated step, [G] each."""
 
-    weights: float
-    """Everything that is not a routed expert; the same on every rank."""
-    experts: float
-    """Expert slots of all layers; the same on every rank."""
-    kv_cache: NDArray[np.float64]
-    """Cache of the sequences that run on the rank, windows respected, [ranks]."""
-    buffers: NDArray[np.float64]
-    """Activations and communication buffers, [ranks]."""
+    weights: Floats
+    """Everything that is not a routed expert."""
+    experts: Floats
+    """Expert slots of the rank's layers."""
+    kv_cache: Floats
+    """Cache of the sequences that run on the rank, windows respected."""
+    activations: Floats
+    """One layer's intermediate results, and the logits."""
+    communication: Floats
+    """Room to receive and to send tokens."""
     mean_context: float
     """Mean tokens in the cache per running sequence and step."""
     max_context: int
     """Most tokens in the cache of one sequence."""
+    sequences: int
+    """Most sequences that run at a time, over all ranks."""
 
     @property
-    def total(self) -> NDArray[np.float64]:
-        """Bytes of each rank, [ranks]."""
+    def buffers(self) -> Floats:
+        """Activations and communication buffers, [G]."""
+        return self.activations + self.communication
+
+    @property
+    def total(self) -> Floats:
+        """Bytes of each rank, [G]."""
         return self.weights + self.experts + self.kv_cache + self.buffers
 
 
-def memory_need(model: ModelSpec, placement: Placement, batches: Sequence[StepBatch]) -> MemoryNeed:
+def memory_need(
+    model: ModelSpec,
+    placement: Placement,
+    batches: Sequence[StepBatch],
+    layout: Layout | None = None,
+    micro_batches: Sequence[StepBatch] | None = None,
+) -> MemoryNeed:
     """Count the bytes that each rank needs.
 
     Buffers are an upper bound for one layer at a time: room to receive and to send every token of
-    the step once, the rows of the rank's experts in, between and out if every token came to it
-    (at most min(top_k, slots) rows each), and residual, attention input and output, and fp32
-    logits of the rank's own tokens.
+    the rank's block once, the rows of the rank's experts in, between and out if every token came
+    to it (at most min(top_k, slots) rows each), and residual, attention input and output, and
+    fp32 logits of the rank's own tokens.
 
     Parameters
     ----------
@@ -60,112 +78,187 @@ def memory_need(model: ModelSpec, placement: Placement, batches: Sequence[StepBa
     placement : Placement
     batches : sequence of StepBatch
         The steps; the fullest one counts, for each rank by itself.
+    layout : Layout, optional
+        Without it attention DP = EP.
+    micro_batches : sequence of StepBatch, optional
+        What a pipeline stage works on at a time; without it whole steps.
     """
-    ranks, slots = placement.num_ranks, placement.slots_per_rank
-    cache = np.stack([_kv(model, batch, ranks) for batch in batches])
-    own = np.stack([np.bincount(batch.home, minlength=ranks) for batch in batches]).max(axis=0)
-    ends = np.stack([np.bincount(b.home[b.last], minlength=ranks) for b in batches]).max(axis=0)
-    most = max(len(batch.rows) for batch in batches)
+    on = layout or Layout.data_parallel(placement.num_ranks)
+    stages = on.stage_layers(model.num_layers)
+    cache = np.stack([_kv(model, batch, on, stages) for batch in batches]).max(axis=0)
     context = np.concatenate([batch.context[batch.last] for batch in batches])
-    return MemoryNeed(
-        weights=model.bytes_outside_experts,
-        experts=slots * model.num_moe_layers * model.bytes_per_expert,
-        kv_cache=cache.max(axis=0),
-        buffers=_per_step_token(model, slots) * most
-        + _per_own_token(model) * own
-        + 4.0 * model.vocab_size * ends,
+    parts = micro_batches or batches
+    own = np.stack([np.bincount(batch.home, minlength=on.dp) for batch in parts])
+    ends = np.stack([np.bincount(b.home[b.last], minlength=on.dp) for b in parts])
+    return _need(
+        model,
+        on,
+        placement.num_slots,
+        cache=cache,
+        own=own,
+        ends=ends,
         mean_context=float(context.mean()),
         max_context=int(context.max()),
+        sequences=max(int(batch.last.sum()) for batch in batches),
     )
 
 
-def check_fits(
-    need: MemoryNeed, model: ModelSpec, placement: Placement, cluster: Cluster, tokens: int
-) -> None:
-    """Check that every rank holds what it must.
+def memory_of(
+    model: ModelSpec,
+    parallelism: Parallelism,
+    num_slots: int,
+    *,
+    tokens: int,
+    mean_context: float,
+    sequences: int,
+) -> MemoryNeed:
+    """Count the bytes of a layout without a trace, tokens and sequences spread evenly.
+
+    The terms are those of `memory_need`; they are equal where the batch divides evenly and all
+    sequences have the mean context.
+
+    Parameters
+    ----------
+    model : ModelSpec
+    parallelism : Parallelism
+        Its ranks are ``dp x tp x pp``.
+    num_slots : int
+        Expert slots per layer, redundant ones included.
+    tokens : int
+        Of a step, over all ranks.
+    mean_context : float
+        Tokens in the cache of each sequence.
+    sequences : int
+        That run at a time, over all ranks.
 
     Raises
     ------
-    InfeasibleError
-        Names the terms on the fullest rank, the limit, and what would make it fit.
+    InputError
+        If the layout does not divide its ranks, the model or the slots.
     """
-    memory = cluster.device.memory
-    limit = USABLE * memory.capacity.value
-    fullest = int(need.total.argmax())
-    if need.total[fullest] <= limit:
-        return
-    terms = {
-        "weights outside experts": need.weights,
-        f"{placement.slots_per_rank} expert slots x {model.num_moe_layers} layers": need.experts,
-        f"KV cache at a mean context of {need.mean_context:.0f}": need.kv_cache[fullest],
-        "buffers": need.buffers[fullest],
-    }
-    listed = " + ".join(f"{name} {_gb(value)}" for name, value in terms.items())
-    raise InfeasibleError(
-        f"{model.name} does not fit on {cluster.name}: memory of rank {fullest} "
-        f"{_gb(need.total[fullest])} ({listed}) -- at most {_gb(limit)} ({USABLE:.0%} of the "
-        f"{_gb(memory.capacity.value)} of {cluster.device.name})",
-        levers=_levers(need, model, placement, limit, tokens),
+    a = parallelism.attention
+    on = Layout.of(parallelism, a.dp * a.tp * a.pp)
+    on.check(model, num_slots)
+    stages = on.stage_layers(model.num_layers)
+    per_group = -(-sequences // on.dp)
+    cache = [per_group * _kv_sequence(model, on, layers, mean_context) for layers in stages]
+    return _need(
+        model,
+        on,
+        num_slots,
+        cache=np.repeat(np.array(cache)[:, None], on.dp, axis=1),
+        own=np.full((1, on.dp), -(-tokens // (on.dp * on.pp))),
+        ends=np.full((1, on.dp), -(-sequences // (on.dp * on.pp))),
+        mean_context=mean_context,
+        max_context=int(np.ceil(mean_context)),
+        sequences=sequences,
     )
 
 
-def _kv(model: ModelSpec, batch: StepBatch, ranks: int) -> NDArray[np.float64]:
-    """Cache bytes of the sequences of one step, [ranks]."""
+def weights_outside_experts(model: ModelSpec, layout: Layout) -> Floats:
+    """Bytes of everything that is not a routed expert on a rank of each stage, [pp].
+
+    Matrices of attention and dense layers and the vocabulary are cut over the tp group (shared
+    experts only in a fused layout); routers, norms and an MLA latent's projections are whole.
+    """
+    hidden, a = model.hidden_size, layout.attention(model)
+    vocabulary = layout.vocabulary(model) * hidden
+    gate = hidden if model.shared_expert_gate else 0
+    router = model.num_experts * (hidden + model.router_bias) + gate
+    sizes = []
+    for number, layers in enumerate(layout.stage_layers(model.num_layers)):
+        moe = len(set(layers) & set(model.moe_layer_ids))
+        dense = (len(layers) - moe) * 3 * hidden * (model.dense_width // layout.tp)
+        shared = moe * 3 * hidden * layout.shared_width(model)
+        matrices = len(layers) * a.matrix_parameters(hidden) + dense + shared
+        vectors = len(layers) * (2 * hidden + a.vector_parameters(hidden)) + moe * router
+        first, last = number == 0, number == layout.pp - 1
+        tied = model.tie_embeddings and first
+        vectors += (first + (last and not tied)) * vocabulary + last * hidden
+        sizes.append(
+            bytes_of(model.weight_dtype, matrices) + bytes_of(model.activation_dtype, vectors)
+        )
+    return np.array(sizes)
+
+
+def expert_slot_bytes(model: ModelSpec, layout: Layout) -> float:
+    """Bytes of one expert slot of one layer on one rank: its slice of the width."""
+    width, hidden = layout.slice_width(model), model.hidden_size
+    inner = (2 if model.gated else 1) * width
+    biases = inner + hidden if model.expert_bias else 0
+    matrices = bytes_of(model.expert_dtype, hidden * (inner + width))
+    return matrices + bytes_of(model.activation_dtype, biases)
+
+
+def _need(
+    model: ModelSpec,
+    on: Layout,
+    num_slots: int,
+    *,
+    cache: Floats,
+    own: Ints,
+    ends: Ints,
+    mean_context: float,
+    max_context: int,
+    sequences: int,
+) -> MemoryNeed:
+    """Put the terms together; cache [pp, dp], tokens and new tokens per microbatch [n, dp]."""
+    slots = num_slots // on.ep
+    moe = np.array(
+        [
+            len(set(layers) & set(model.moe_layer_ids))
+            for layers in on.stage_layers(model.num_layers)
+        ]
+    )
+    index = np.arange(on.tp)
+    slices = -(-(index + 1) * own[..., None] // on.tp) - -(-index * own[..., None] // on.tp)
+    in_block = slices.reshape(len(own), on.edp, -1).sum(axis=-1).max(axis=0)[on.edp_index]
+    own_tokens = own.max(axis=0)[on.dp_index]
+    new_tokens = np.where(on.stage == on.pp - 1, ends.max(axis=0)[on.dp_index], 0)
+    twice = 2 if on.gathered > 1 and on.exchanged > 1 else 1  # gathered after the all-to-all
+    received = own_tokens * (model.hidden_size if on.pp > 1 else 0)
+    return MemoryNeed(
+        weights=weights_outside_experts(model, on)[on.stage],
+        experts=slots * moe[on.stage] * expert_slot_bytes(model, on),
+        kv_cache=cache[on.stage, on.dp_index],
+        activations=_per_block_token(model, on, slots) * in_block
+        + _per_own_token(model, on) * own_tokens
+        + 4.0 * model.vocab_size * new_tokens,
+        communication=bytes_of(model.activation_dtype, 1)
+        * (2.0 * twice * model.comm_size * in_block + received),
+        mean_context=mean_context,
+        max_context=max_context,
+        sequences=sequences,
+    )
+
+
+def _kv(model: ModelSpec, batch: StepBatch, on: Layout, stages: Sequence[Sequence[int]]) -> Floats:
+    """Cache bytes of the sequences of one step, [pp, dp]."""
     context, home = batch.context[batch.last], batch.home[batch.last]
-    kept = sum(np.minimum(context, window or np.inf) for window in model.attention.windows)
-    per_token = bytes_of(model.kv_dtype, model.attention.kv_elements_per_token)
-    return np.bincount(home, weights=kept * per_token, minlength=ranks).astype(np.float64)
+    sizes = [_kv_sequence(model, on, layers, context) for layers in stages]
+    return np.stack([np.bincount(home, weights=size, minlength=on.dp) for size in sizes])
 
 
-def _per_step_token(model: ModelSpec, slots: int) -> float:
-    """Bytes per token of the step: received, sent, and its rows in the rank's experts."""
+def _kv_sequence(
+    model: ModelSpec, on: Layout, layers: Sequence[int], context: Ints | float
+) -> Floats:
+    """Cache bytes of sequences of so many tokens in some layers, on one rank."""
+    windows = [model.attention.windows[layer] for layer in layers]
+    kept = sum(np.minimum(context, window or np.inf) for window in windows)
+    per_token = bytes_of(model.kv_dtype, on.attention(model).kv_elements_per_token)
+    return np.asarray(kept * per_token, dtype=np.float64)
+
+
+def _per_block_token(model: ModelSpec, on: Layout, slots: int) -> float:
+    """Bytes of the rows of one token in the rank's experts: in, between and out."""
     rows = min(model.top_k, slots)
-    inner = (2 if model.gated else 1) * model.expert_width
-    elements = 2 * model.comm_size + rows * (2 * model.comm_size + inner)
-    return bytes_of(model.activation_dtype, elements)
+    inner = (2 if model.gated else 1) * on.slice_width(model)
+    return bytes_of(model.activation_dtype, rows * (2 * model.comm_size + inner))
 
 
-def _per_own_token(model: ModelSpec) -> float:
-    a = model.attention
+def _per_own_token(model: ModelSpec, on: Layout) -> float:
+    """Bytes per token whose attention runs on the rank."""
+    a = on.attention(model)
     width = a.num_heads * (a.head_dim + a.v_head_dim) + a.kv_elements_per_token
-    inner = max(model.dense_width, model.shared_expert_width) * 2
+    inner = max(model.dense_width // on.tp, on.shared_width(model)) * 2
     return bytes_of(model.activation_dtype, 3 * model.hidden_size + width + inner)
-
-
-def _levers(
-    need: MemoryNeed, model: ModelSpec, placement: Placement, limit: float, tokens: int
-) -> tuple[str, ...]:
-    """Say, each by itself, what would make the fullest rank fit."""
-    per_slot = model.num_moe_layers * model.bytes_per_expert
-    worst = need.total.max()
-    moving = (need.kv_cache + need.buffers).max()
-    levers = []
-    slots = int((limit - need.weights - moving) // per_slot)
-    spare = slots * placement.num_ranks - placement.num_experts
-    if 0 <= spare < placement.num_slots - placement.num_experts:
-        levers.append(f"at most {spare} redundant experts on {placement.num_ranks} ranks")
-    ranks = _ranks_that_fit(need, model, placement, limit)
-    if ranks is not None:
-        levers.append(f"at least {ranks} ranks of this device, without redundant experts")
-    batch = int(tokens * (limit - need.weights - need.experts) / moving)
-    if batch >= 1:
-        levers.append(f"a batch of at most about {batch} tokens per step (now {tokens})")
-    levers.append(f"a device with at least {_gb(worst / USABLE)} of memory")
-    return tuple(levers)
-
-
-def _ranks_that_fit(
-    need: MemoryNeed, model: ModelSpec, placement: Placement, limit: float
-) -> int | None:
-    """Return the next number of ranks that fits, each expert once, cache spread evenly."""
-    ranks = np.arange(placement.num_ranks + 1, placement.num_experts + 1)
-    ranks = ranks[placement.num_experts % ranks == 0]
-    slots = placement.num_experts // ranks
-    cache = need.kv_cache.sum() / ranks
-    total = need.weights + slots * model.num_moe_layers * model.bytes_per_expert + cache
-    fits = ranks[total + need.buffers.max() <= limit]
-    return int(fits[0]) if len(fits) else None
-
-
-def _gb(value: float) -> str:
-    return format_quantity(float(value), "B")

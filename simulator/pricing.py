@@ -34,10 +34,13 @@ def price_step(works: Sequence[Work], loads: StepLoads, cluster: Cluster) -> Pri
     shape = (loads.num_steps, len(places), loads.num_ranks)
     estimates = {name: np.zeros(shape) for name in ("seconds", "low", "high")}
     evidence = []
+    at: dict[int, list[int]] = defaultdict(list)
+    for place, (number, _) in enumerate(places):
+        at[number].append(place)
     for number, work in enumerate(works):
         priced = price(work.op, cluster, on=work.on)
         evidence.append(priced.evidence)
-        here = [i for i, (w, _) in enumerate(places) if w == number]
+        here = at[number]
         for name, table in estimates.items():
             values = np.reshape(getattr(priced, name), work.shape)
             if work.groups is not None and work.shape[2] > 1:
@@ -49,10 +52,12 @@ def price_step(works: Sequence[Work], loads: StepLoads, cluster: Cluster) -> Pri
 
 def _program(works: Sequence[Work]) -> Iterator[tuple[int, int]]:
     """Yield (index of work, layer) in the order of a step."""
-    for layer in sorted({n for work in works for n in work.layers}):
-        for number, work in enumerate(works):
-            if layer in work.layers:
-                yield number, layer
+    having: dict[int, list[int]] = defaultdict(list)
+    for number, work in enumerate(works):
+        for layer in work.layers:
+            having[layer].append(number)
+    for layer in sorted(having):
+        yield from ((number, layer) for number in having[layer])
 
 
 def _items(places: Sequence[tuple[Work, int]]) -> tuple[Item, ...]:

@@ -42,7 +42,8 @@ class Item:
     stage: Stage
     layer: int
     """Layer of the model; -1 is before the first, the number of layers after the last."""
-    stream: Stream = Stream.COMPUTE
+    stream: int = Stream.COMPUTE
+    """Queue of the rank that it is in: a `Stream`, or a pipeline stage's number one level up."""
     after: tuple[int, ...] | None = None
     """Earlier items that must have ended on the same rank; None = the item before this one."""
     groups: tuple[int, ...] | None = None
@@ -122,7 +123,7 @@ def evaluate(items: Sequence[Item], seconds: NDArray[np.float64]) -> Played:
     """
     steps, count, ranks = seconds.shape
     ready, start, end = (np.zeros((count, steps, ranks)) for _ in range(3))
-    free = np.zeros((len(Stream), steps, ranks))
+    free = np.zeros((1 + max((item.stream for item in items), default=0), steps, ranks))
     for i, item in enumerate(items):
         now = free[item.stream]
         for earlier in _after(item, i):

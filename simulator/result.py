@@ -4,6 +4,7 @@ Every number is of the simulated steps under the stated batch composition and se
 are in docs/reference/metrics.md. Times in seconds, traffic and memory in bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from simulator.evidence import EvidenceItem
 from simulator.loads import StepLoads
 from simulator.memory import MemoryNeed
 from simulator.metrics import straggler
+from simulator.playing import body
 from simulator.program import Played
 from simulator.timeline import timeline
 
@@ -46,12 +48,12 @@ class Result:
     @property
     def tokens_per_second(self) -> float:
         """Tokens of all ranks per second of step time."""
-        return float(self.loads.tokens.sum() / self.step_times.sum())
+        return float(self.loads.step_tokens.sum() / self.step_times.sum())
 
     @property
     def tokens_per_second_interval(self) -> tuple[float, float]:
         """The same with every operation at the high and at the low end of its interval."""
-        tokens = self.loads.tokens.sum()
+        tokens = self.loads.step_tokens.sum()
         return (
             float(tokens / self.step_times_high.sum()),
             float(tokens / self.step_times_low.sum()),
@@ -70,15 +72,18 @@ class Result:
 
     @cached_property
     def rank_load(self) -> NDArray[np.float64]:
-        """Share of each layer's pairs that each rank works on, mean over steps, [L, G]."""
-        load = self.loads.rank_load
+        """Share of each layer's pairs that each rank works on, mean over steps, [L, R].
+
+        R ranks of a pipeline stage; those that share the experts' widths show the same pairs.
+        """
+        load = self.loads.rank_load[self.loads.step_tokens > 0]
         share: NDArray[np.float64] = (load / load.sum(axis=-1, keepdims=True)).mean(axis=0)
         return share
 
     @cached_property
     def traffic(self) -> NDArray[np.float64]:
-        """Bytes from rank to rank per step, dispatch and combine of all layers, [G, G]."""
-        sent = self.loads.sent.sum(axis=1).mean(axis=0)
+        """Bytes from rank to rank per step, all-to-all of all layers, there and back, [R, R]."""
+        sent = self.loads.sent.sum(axis=(0, 1)) / len(self.step_times)
         return np.asarray(sent + sent.T)
 
     @property
@@ -114,7 +119,7 @@ class Result:
             "cross_rank_sends": self.cross_rank_sends,
             "traffic_bytes_per_step": float(self.traffic.sum()),
             "memory_bytes_fullest_rank": float(self.memory.total[fullest]),
-            "steps": self.loads.num_steps,
+            "steps": len(self.step_times),
             "seed": self.seed,
         }
 
@@ -128,10 +133,11 @@ class Result:
             "rank_load": self.rank_load.tolist(),
             "traffic": self.traffic.tolist(),
             "memory": {
-                "weights": memory.weights,
-                "experts": memory.experts,
+                "weights": memory.weights.tolist(),
+                "experts": memory.experts.tolist(),
                 "kv_cache": memory.kv_cache.tolist(),
-                "buffers": memory.buffers.tolist(),
+                "activations": memory.activations.tolist(),
+                "communication": memory.communication.tolist(),
                 "total": memory.total.tolist(),
                 "mean_context": memory.mean_context,
                 "max_context": memory.max_context,
@@ -141,7 +147,7 @@ class Result:
         }
 
     def _per_token(self, sends: NDArray[np.int64]) -> float:
-        return float(sends.sum() / (self.loads.tokens.sum() * sends.shape[1]))
+        return float(sends.sum() / (self.loads.step_tokens.sum() * sends.shape[1]))
 
 
 def by_cause(played: Played) -> dict[str, float]:
@@ -150,17 +156,33 @@ def by_cause(played: Played) -> dict[str, float]:
     Returns
     -------
     dict
-        A value for every stage, then ``wait``: time in which nothing runs on a rank, at
-        collectives for slower ranks and at the end of the step; and, where streams overlap,
-        ``overlapped``: minus the time that runs beside something else. Sums to the step time.
+        A value for every stage (of copies and of tensor-parallel collectives only where there are
+        any), then ``wait``: time in which nothing runs on a rank, at collectives for slower ranks
+        and at the end of the step; and, where streams overlap, ``overlapped``: minus the time that
+        runs beside something else. Sums to the step time.
     """
-    causes = {stage.value: 0.0 for stage in Stage}
-    per_item = played.busy.mean(axis=(0, 2))
-    for item, seconds in zip(played.items, per_item.tolist(), strict=True):
-        causes[item.stage.value] += seconds
-    busy, total = sum(causes.values()), float(played.step_times.mean())
-    idle = float(played.idle.mean())
-    overlapped = total - idle - busy
+    return causes_of((played,), played.step_times)
+
+
+def causes_of(stages: Sequence[Played], step_times: NDArray[np.float64]) -> dict[str, float]:
+    """Split the time of steps [S] whose microbatches [S * m] ran on the given pipeline stages.
+
+    As `by_cause`; a rank also waits for its next microbatch, and sending one on counts as beside
+    something else.
+    """
+    there = {item.stage for played in stages for item in played.items}
+    sometimes = {Stage.FETCH, Stage.TRANSFER, Stage.TENSOR_PARALLEL}
+    causes = {stage.value: 0.0 for stage in Stage if stage in there or stage not in sometimes}
+    total, covered = float(step_times.mean()), 0.0
+    for played in stages:
+        share = len(played.end) / len(step_times) / len(stages)
+        per_item = played.busy.mean(axis=(0, 2)) * share
+        for item, seconds in zip(played.items, per_item.tolist(), strict=True):
+            causes[item.stage.value] += seconds
+        inside = body(played)
+        covered += float((inside.step_times[:, None] - inside.idle).mean()) * share
+    busy = sum(causes.values())
+    overlapped = covered - busy
     if abs(overlapped) <= 1e-9 * total:
         return causes | {"wait": total - busy}
-    return causes | {"wait": idle, "overlapped": overlapped}
+    return causes | {"wait": total - covered, "overlapped": overlapped}

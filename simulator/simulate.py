@@ -11,11 +11,14 @@ from simulator.deployment import Deployment, Workload
 from simulator.evidence import list_evidence
 from simulator.loads import count_loads
 from simulator.lowering import lower
-from simulator.memory import check_fits, memory_need
+from simulator.memory import memory_need
+from simulator.memory_fits import check_fits
 from simulator.metrics import sampling_floor
+from simulator.micro_batches import split
+from simulator.offload_simulate import simulate_offload
+from simulator.playing import parts_of, play_steps
 from simulator.pricing import price_step
-from simulator.program import play
-from simulator.result import Result, by_cause
+from simulator.result import Result, causes_of
 from traces.model_spec import ModelSpec
 from traces.routing_trace import RoutingTrace, check_against_model
 
@@ -55,27 +58,50 @@ def simulate(
     """
     if steps < 1:
         raise InputError(f"steps {steps} -- must be at least 1")
+    if deployment.offload is not None:
+        return simulate_offload(model, trace, cluster, deployment, workload, steps=steps, seed=seed)
     check_against_model(trace, model)
     dispatcher = deployment.dispatcher_for(model, cluster)
-    placement = dispatcher.placement
-    composition = compose(trace, workload, placement.num_ranks, steps=steps, seed=seed)
-    memory = memory_need(model, placement, composition.batches)
-    check_fits(memory, model, placement, cluster, workload.tokens)
-    loads = count_loads(model, trace, composition, dispatcher, seed=seed)
+    placement, layout = dispatcher.placement, deployment.layout_for(model, cluster)
+    composition = compose(trace, workload, layout.dp, steps=steps, seed=seed)
+    stage_batches = split(composition, layout.pp).batches
+    memory = memory_need(model, placement, composition.batches, layout, stage_batches)
+    check_fits(memory, model, placement, cluster, workload.tokens, layout)
+    loads = count_loads(
+        model,
+        trace,
+        split(composition, parts_of(layout, deployment.overlap)),
+        dispatcher,
+        seed=seed,
+        layout=layout,
+        node_of=cluster.node_of,
+    )
     works = lower(model, loads)
     priced = price_step(works, loads, cluster)
-    played = play(priced.items, priced.seconds)
-    mean_tokens = round(float(loads.tokens.sum()) / loads.num_steps)
+    played, low, high = (
+        play_steps(
+            priced.items,
+            seconds,
+            layout,
+            model.num_layers,
+            overlap=deployment.overlap,
+            decode=loads.decode,
+        )
+        for seconds in (priced.seconds, priced.low, priced.high)
+    )
+    mean_tokens = round(float(loads.step_tokens.mean()))
     return Result(
         step_times=played.step_times,
-        step_times_low=play(priced.items, priced.low).step_times,
-        step_times_high=play(priced.items, priced.high).step_times,
-        seconds_by_cause=by_cause(played),
+        step_times_low=low.step_times,
+        step_times_high=high.step_times,
+        seconds_by_cause=causes_of(played.stages, played.step_times),
         loads=loads,
         memory=memory,
-        sampling_floor=sampling_floor(mean_tokens, model.top_k, placement.num_ranks, seed=seed),
+        sampling_floor=sampling_floor(
+            mean_tokens, model.top_k, placement.num_ranks * layout.edp, seed=seed
+        ),
         evidence=list_evidence(trace, composition, works, priced, cluster),
         composition=composition.statement,
         seed=seed,
-        first_step=played.step(0),
+        first_step=played.first,
     )

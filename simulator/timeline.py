@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simulator.program import Played
+from simulator.program import Played, Stream
 
 Event = dict[str, Any]
 _MICRO = 1e6
@@ -82,7 +82,7 @@ def _names(played: Played) -> Iterator[Event]:
                 "pid": rank + 1,
                 "tid": stream + 1,
                 "name": "thread_name",
-                "args": {"name": stream.name.lower()},
+                "args": {"name": Stream(stream).name.lower()},
             }
 
 

@@ -4,13 +4,23 @@ A row is one (step, layer, rank), fewer where the same row serves several layers
 tokens, elements and bytes; seconds come from `simulator.pricing`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
-from hwmodels.ops import Elementwise, Gemm, Op, Stage
+from hwmodels.ops import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Elementwise,
+    Gemm,
+    Op,
+    ReduceScatter,
+    Stage,
+)
 from simulator.loads import StepLoads
 from simulator.program import Stream
 from traces.model_spec import ModelSpec
@@ -25,7 +35,8 @@ class Work:
     op: Op
     """Rows in C order of ``shape``."""
     shape: tuple[int, int, int]
-    """(steps, layers, ranks); 1 where one row serves all."""
+    """(steps, layers, ranks); 1 where one row serves all. Of a collective (steps, layers,
+    groups)."""
     layers: tuple[int, ...]
     """Layers of the model that have it; -1 is before the first, ``num_layers`` after the last."""
     stream: Stream = Stream.COMPUTE
@@ -47,8 +58,13 @@ class Rows:
     def __init__(self, model: ModelSpec, loads: StepLoads) -> None:
         self.model = model
         self.loads = loads
+        self.layout = loads.layout
+        self.attention = loads.layout.attention(model)
+        """Heads of one rank."""
         self.tokens: NDArray[np.int64] = loads.tokens.ravel()
-        """[steps * ranks]."""
+        """Tokens whose attention runs on the rank, [steps * ranks]."""
+        self.routed = self.tokens if self.layout.fused else loads.slices.ravel()
+        """Tokens that the rank routes, [steps * ranks]."""
         self.all_layers = tuple(range(model.num_layers))
         self.moe_layers = model.moe_layer_ids
         self.dense_layers = tuple(sorted(set(self.all_layers) - set(self.moe_layers)))
@@ -61,10 +77,18 @@ class Rows:
         shape = (self.loads.num_steps, 1, self.loads.num_ranks)
         return Work(name=name, stage=stage, op=op, shape=shape, layers=layers)
 
-    def gemm(self, name: str, stage: Stage, n: int, k: int, layers: tuple[int, ...]) -> Work:
-        """Multiply every token of the rank: [tokens, k] x [k, n]."""
+    def gemm(
+        self,
+        name: str,
+        stage: Stage,
+        n: int,
+        k: int,
+        layers: tuple[int, ...],
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Work:
+        """Multiply every token of the rank (or the given): [tokens, k] x [k, n]."""
         op = Gemm(
-            m=self.tokens,
+            m=self.tokens if tokens is None else tokens,
             n=n,
             k=k,
             weight_dtype=self.model.weight_dtype,
@@ -72,20 +96,148 @@ class Rows:
         )
         return self.work(name, stage, op, layers)
 
-    def stream(self, name: str, stage: Stage, elements: float, layers: tuple[int, ...]) -> Work:
+    def stream(
+        self,
+        name: str,
+        stage: Stage,
+        elements: float,
+        layers: tuple[int, ...],
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Work:
         """Elementwise work that reads or writes ``elements`` activations per token."""
-        op = Elementwise(bytes=self.tokens * (elements * self.element))
+        count = self.tokens if tokens is None else tokens
+        op = Elementwise(bytes=count * (elements * self.element))
         return self.work(name, stage, op, layers)
 
-    def norm(self, name: str, layers: tuple[int, ...]) -> Work:
+    def norm(
+        self, name: str, layers: tuple[int, ...], tokens: NDArray[np.int64] | None = None
+    ) -> Work:
         """Residual add and norm in one pass: read both, write both."""
-        return self.stream(name, Stage.OTHER, 4 * self.model.hidden_size, layers)
+        return self.stream(name, Stage.OTHER, 4 * self.model.hidden_size, layers, tokens)
 
-    def ffn(self, name: str, stage: Stage, width: int, layers: tuple[int, ...]) -> list[Work]:
-        """Pass every token of the rank through a feed-forward network."""
+    def ffn(
+        self,
+        name: str,
+        stage: Stage,
+        width: int,
+        layers: tuple[int, ...],
+        tokens: NDArray[np.int64] | None = None,
+    ) -> list[Work]:
+        """Pass every token of the rank (or the given) through a feed-forward network."""
         hidden, up = self.model.hidden_size, (2 if self.model.gated else 1) * width
         return [
-            self.gemm(f"{name} up", stage, up, hidden, layers),
-            self.stream(f"{name} activation", stage, up + width, layers),
-            self.gemm(f"{name} down", stage, hidden, width, layers),
+            self.gemm(f"{name} up", stage, up, hidden, layers, tokens),
+            self.stream(f"{name} activation", stage, up + width, layers, tokens),
+            self.gemm(f"{name} down", stage, hidden, width, layers, tokens),
         ]
+
+    def ring(
+        self,
+        kind: type[AllReduce] | type[AllGather] | type[ReduceScatter],
+        name: str,
+        stage: Stage,
+        size: int,
+        tensor: NDArray[np.float64],
+        layers: tuple[int, ...],
+    ) -> list[Work]:
+        """Write a collective over runs of ``size`` ranks, for each pipeline stage; none over one.
+
+        ``tensor`` [steps, layers or 1, R / size] is the bytes of each group's whole tensor.
+        """
+        if size == 1:
+            return []
+        lanes = self.layout.groups(size)
+        works = []
+        for first, own, at in self._stages(layers, tensor.shape[1]):
+            part = tensor[:, at]
+            ranks = tuple(tuple(group) for group in (first + lanes).tolist())
+            op = kind(bytes=part.ravel(), ranks=ranks)
+            groups = tuple((np.arange(self.layout.lanes) // size).tolist())
+            works.append(self._collective(name, stage, op, part.shape, own, groups))
+        return works
+
+    def over_tp(
+        self,
+        kind: type[AllReduce] | type[AllGather] | type[ReduceScatter],
+        name: str,
+        layers: tuple[int, ...],
+        elements: int | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> list[Work]:
+        """Write a collective of the tp groups on ``elements`` (hidden state) per token [S, R]."""
+        count = self.loads.tokens if tokens is None else tokens
+        width = self.element * (self.model.hidden_size if elements is None else elements)
+        tensor = count[:, None, :: self.layout.tp] * np.float64(width)
+        return self.ring(kind, name, Stage.TENSOR_PARALLEL, self.layout.tp, tensor, layers)
+
+    def exchange(
+        self, name: str, stage: Stage, sent: NDArray[np.float64], layers: tuple[int, ...]
+    ) -> list[Work]:
+        """All-to-all of bytes [steps, layers, R, R] among ranks of one block and etp index."""
+        if self.layout.exchanged == 1:
+            return []
+        lanes = self.layout.exchange_groups
+        of_lane = np.empty(self.layout.lanes, dtype=np.int64)
+        of_lane[lanes] = np.arange(len(lanes))[:, None]
+        works = []
+        for first, own, at in self._stages(layers, sent.shape[1]):
+            part = sent[:, at]
+            if len(lanes) > 1:
+                part = part[:, :, lanes[:, :, None], lanes[:, None, :]]
+            ranks = tuple(tuple(group) for group in (first + lanes).tolist())
+            op = AllToAll(traffic=part.reshape(-1, *part.shape[-2:]), ranks=ranks)
+            shape = (*part.shape[:2], len(lanes))
+            works.append(self._collective(name, stage, op, shape, own, tuple(of_lane.tolist())))
+        return works
+
+    def hand_over(
+        self, name: str, tensor: NDArray[np.float64], layer: int, source: int, target: int
+    ) -> Work:
+        """Bytes [steps, R] from each rank of a pipeline stage to its peer of another."""
+        lanes, shape = self.layout.lanes, (len(tensor), 1, self.layout.lanes)
+        traffic = np.zeros((tensor.size, 2, 2))
+        traffic[:, 0, 1] = tensor.ravel()
+        pairs = tuple((source * lanes + lane, target * lanes + lane) for lane in range(lanes))
+        op = AllToAll(traffic=traffic, ranks=pairs)
+        return Work(
+            name=name,
+            stage=Stage.TRANSFER,
+            op=op,
+            shape=shape,
+            layers=(layer,),
+            stream=Stream.ACTIVATIONS,
+        )
+
+    def _stages(
+        self, layers: tuple[int, ...], columns: int
+    ) -> Iterator[tuple[int, tuple[int, ...], slice]]:
+        """Yield, for each stage that has some of the layers, its first rank, those and where."""
+        at = 0
+        for number, own in enumerate(self.layout.stage_layers(self.model.num_layers)):
+            ends = (*own, *((-1,) if number == 0 else ()))
+            ends = (*ends, *((self.model.num_layers,) if number == self.layout.pp - 1 else ()))
+            mine = tuple(layer for layer in layers if layer in ends)
+            if mine:
+                part = slice(at, at + len(mine)) if columns > 1 else slice(None)
+                yield number * self.layout.lanes, mine, part
+            at += len(mine)
+
+    def _collective(
+        self,
+        name: str,
+        stage: Stage,
+        op: Op,
+        shape: tuple[int, ...],
+        layers: tuple[int, ...],
+        groups: tuple[int, ...],
+    ) -> Work:
+        steps, count, number = shape
+        return Work(
+            name=name,
+            stage=stage,
+            op=op,
+            shape=(steps, count, number),
+            layers=layers,
+            stream=Stream.COMMUNICATION,
+            groups=groups,
+        )

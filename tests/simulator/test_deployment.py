@@ -54,12 +54,12 @@ def test_the_placement_survives(
     ("changes", "message"),
     [
         (
-            {"parallelism": {"attention": {"dp": 2, "tp": 2}, "experts": {"ep": 4}}},
-            "attention tp 2, pp 1, experts tp 1 -- only attention data parallelism",
+            {"parallelism": {"attention": {"dp": 2}, "experts": {"ep": 2}}},
+            "attention dp 2 x tp 1 x pp 1 = 2 on 4 ranks -- the product must be 4, so dp 4",
         ),
         (
-            {"parallelism": {"attention": {"dp": 4}, "experts": {"ep": 2}}},
-            "attention dp 4 and experts ep 2 on 4 ranks of hgx-h100-8 -- both must be 4",
+            {"parallelism": {"attention": {"dp": 4}, "experts": {"ep": 3}}},
+            "ep 3 x tp 1 = 3 do not divide the 4 ranks of a stage -- .* one of 1, 2, 4",
         ),
         (
             {"physical_to_logical_map": [list(range(8))]},
