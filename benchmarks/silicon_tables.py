@@ -259,21 +259,22 @@ def believable(rows: Rows, device: Device, dtype: str) -> NDArray[np.bool_]:
     return (rows.seconds >= bound) & (rows.seconds <= 10 * (bound + 10e-6))
 
 
-def collective(gpu: str, name: str) -> pd.DataFrame:
-    """NCCL or custom all-reduce of the largest group: columns bytes sent per port, seconds, group.
+_CUSTOM = ("trtllm", "custom_allreduce_perf")
 
-    A ring moves 2 (r-1)/r of the tensor per port, an all-to-all (r-1)/r of the buffer.
+
+def collective(gpu: str, name: str) -> pd.DataFrame:
+    """NCCL, or the custom all-reduce: columns bytes sent per port, seconds, group.
+
+    An all-reduce moves 2 (r-1)/r of the tensor per port, its halves and an all-to-all (r-1)/r.
     """
-    folder, engine, file = {
-        "all_to_all": ("comm", "nccl", "nccl_perf"),
-        "all_reduce": ("comm", "trtllm", "custom_allreduce_perf"),
-    }[name]
-    path = tables(gpu, folder, engine, file)
+    custom = name == "all_reduce"
+    path = tables(gpu, "comm", *(_CUSTOM if custom else ("nccl", "nccl_perf")))
     if path is None:
         return pd.DataFrame()
     frame = pd.read_parquet(path)
-    if name == "all_to_all":
-        frame = frame[(frame.op_name == "alltoall") & (frame.nccl_dtype == "half")]
+    if not custom:
+        called = name.replace("all_to_all", "alltoall")
+        frame = frame[(frame.op_name == called) & (frame.nccl_dtype == "half")]
     ranks = frame.num_gpus
     share = (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
     out = pd.DataFrame(

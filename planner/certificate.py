@@ -67,7 +67,7 @@ def certify(
     """
     dispatcher = deployment.dispatcher_for(facts.model, facts.cluster)
     objective = dispatcher.expected_rank_load(loads).max(axis=-1)
-    mean = loads.sum(axis=-1) / facts.cluster.num_ranks
+    mean = loads.sum(axis=-1) / facts.layout.ep
     bound = mean if deployment.dispatch == "nearest" else stage_one.bound
     proven = objective.sum() - bound.sum() <= _PROVEN * objective.sum()
     timed_out = stage_one.status == "time_limit"

@@ -1,11 +1,12 @@
 """What the user may ask of a plan: slots, dispatch, limits, effort."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from basis.schema import Strict
 from basis.units import Seconds
+from planner.offload_options import OffloadOptions
 from simulator.dispatch import Dispatch
 
 
@@ -23,6 +24,12 @@ class PlanOptions(Strict):
     """Slots per MoE layer beyond one for each logical expert, over all ranks together."""
     objective: Literal["throughput"] = "throughput"
     """What the verdict compares."""
+    layouts: Literal["dp_ep", "all"] = "dp_ep"
+    """Parallel layouts to choose from: attention DP = EP on all ranks, or all that fit."""
+    layouts_time_limit: Seconds = 50.0
+    """Wall time for the search over layouts; the bound says what it has not reached."""
+    offload: OffloadOptions | None = None
+    """Plan which experts stay in the fast memory of one GPU, instead of a placement over ranks."""
     dispatch: Dispatch = "even"
     """How the engine will spread an expert's tokens over its replicas."""
     limits: Limits = Limits()
@@ -41,3 +48,19 @@ class PlanOptions(Strict):
     """Wall time for each of the planner's two stages."""
     solver: Literal["highs", "cbc"] = "highs"
     """Solver of the integer programmes."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        if self.offload is None:
+            return self
+        if self.layouts == "all":
+            raise ValueError(
+                "layouts: all together with offload -- an offload plan is for one GPU, which has "
+                "one layout: leave out one of the two"
+            )
+        if self.redundant_experts:
+            raise ValueError(
+                f"redundant_experts {self.redundant_experts} together with offload -- on one GPU "
+                "every expert has one slot: leave out one of the two"
+            )
+        return self

@@ -18,10 +18,11 @@ from planner.baselines import contiguous, eplb_placement, round_robin
 from planner.certificate import Certificate, certify
 from planner.eplb import eplb
 from planner.local_search import swap_search
+from planner.options import Limits
 from planner.packing import cyclic_packing, replica_counts
 from planner.scoring import Facts, Score, score
 from planner.slot_cost import slot_seconds
-from simulator.deployment import Deployment
+from simulator.deployment import Deployment, Workload
 from simulator.placement import Placement
 from traces.counts import expert_counts
 from traces.routing_trace import RoutingTrace
@@ -82,7 +83,7 @@ def make_plan(
     placed = place(facts, seen, lambda text: progress(f"{split}: {text}"))
     progress(f"{split}: score on held-out requests")
     predicted = score(facts, unseen, placed.deployment)
-    _check_limits(facts, predicted)
+    check_limits(facts.options.limits, facts.workload, predicted)
     plain = _without_redundancy(facts)
     return Plan(
         split=split,
@@ -132,6 +133,33 @@ def place(facts: Facts, seen: RoutingTrace, progress: Progress = lambda _: None)
     )
 
 
+def place_by_stages(
+    facts: Facts, seen: RoutingTrace, *, second: bool = True
+) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
+    """Place by the stages alone, without simulating candidates: what a sweep over layouts needs.
+
+    Parameters
+    ----------
+    facts : Facts
+        With more than one expert-parallel rank.
+    seen : RoutingTrace
+        The part planned on.
+    second : bool
+        Whether to go on to sends and stragglers after balancing the ranks.
+
+    Returns
+    -------
+    slots : int32 array [MoE layers, slots]
+    slot_share : float64 array [MoE layers, slots] or None
+        For dispatch ``shares``.
+    """
+    stage_one = _first_stage(facts, seen)
+    if not second:
+        return stage_one.slots, stage_one.slot_share
+    refined = _second_stage(facts, seen, stage_one)
+    return refined.slots, refined.slot_share
+
+
 def _choose(scores: dict[str, Score]) -> str:
     """Return the fastest candidate, or the first unless that is faster by more than the noise."""
     first = next(iter(scores))
@@ -143,7 +171,7 @@ def _choose(scores: dict[str, Score]) -> str:
 def _without_redundancy(facts: Facts) -> Facts | None:
     """Return the same question with one slot per expert, where that divides over the ranks."""
     options = facts.options
-    if not options.redundant_experts or facts.model.num_experts % facts.cluster.num_ranks:
+    if not options.redundant_experts or facts.model.num_experts % facts.layout.ep:
         return None
     return replace(facts, options=options.model_copy(update={"redundant_experts": 0}))
 
@@ -154,7 +182,7 @@ def baseline_deployments(facts: Facts, seen: RoutingTrace) -> dict[str, Deployme
     ``contiguous`` and ``round_robin`` have no redundant slots where the experts divide over the
     ranks (the engines' default); ``eplb`` has as many slots as the plan.
     """
-    experts, ranks = facts.model.num_experts, facts.cluster.num_ranks
+    experts, ranks = facts.model.num_experts, facts.layout.ep
     slots = experts + facts.options.redundant_experts
     plain = experts if experts % ranks == 0 else slots
     layers = facts.model.num_moe_layers
@@ -165,12 +193,13 @@ def baseline_deployments(facts: Facts, seen: RoutingTrace) -> dict[str, Deployme
             _loads(seen),
             slots,
             ranks,
-            num_nodes=facts.cluster.num_nodes,
+            num_nodes=len(np.unique(facts.expert_nodes)),
             num_groups=facts.model.num_expert_groups,
         ),
     }
     rule = "even" if facts.options.dispatch == "shares" else facts.options.dispatch
-    return {name: Deployment.of(place, rule) for name, place in placements.items()}
+    layout = facts.parallelism
+    return {n: Deployment.of(p, rule, parallelism=layout) for n, p in placements.items()}
 
 
 def _loads(part: RoutingTrace) -> NDArray[np.float64]:
@@ -182,7 +211,7 @@ def _first_stage(facts: Facts, seen: RoutingTrace) -> BalanceResult:
     return balance(
         _loads(seen),
         facts.model.num_experts + options.redundant_experts,
-        facts.cluster.num_ranks,
+        facts.layout.ep,
         dispatch="shares" if options.dispatch == "shares" else "even",
         time_limit=options.time_limit,
         gap=options.gap,
@@ -196,14 +225,18 @@ def _second_stage(facts: Facts, seen: RoutingTrace, stage_one: BalanceResult) ->
     return refine(
         stage_one,
         seen,
-        np.asarray(facts.cluster.node_of),
-        batch=facts.workload.tokens,
+        facts.expert_nodes,
+        batch=facts.expert_tokens,
         tolerance=options.tolerance,
         dispatch=options.dispatch,
         seed=options.seed,
         time_limit=options.time_limit,
         cost=slot_seconds(
-            facts.model, facts.cluster, facts.workload.tokens, stage_one.slots.shape[1]
+            facts.model,
+            facts.cluster,
+            facts.expert_tokens,
+            stage_one.slots.shape[1],
+            facts.layout,
         ),
         also=[_hottest_replicated(_loads(seen), stage_one, facts)],
     )
@@ -216,7 +249,7 @@ def _hottest_replicated(
 
     The first stage replicates whatever packs most evenly, which may leave a hot expert whole.
     """
-    ranks, slots = facts.cluster.num_ranks, stage_one.slots.shape[1]
+    ranks, slots = facts.layout.ep, stage_one.slots.shape[1]
     counts = replica_counts(eplb(loads, slots, 1, 1, ranks), loads.shape[1])
     return swap_search(loads, cyclic_packing(loads, counts, ranks), ranks)[0]
 
@@ -227,12 +260,12 @@ def _candidates(
     refined: Refined,
     baselines: dict[str, Deployment],
 ) -> dict[str, Deployment]:
-    experts, ranks = facts.model.num_experts, facts.cluster.num_ranks
+    experts, ranks = facts.model.num_experts, facts.layout.ep
     options = facts.options
 
     def deploy(slots: NDArray[np.int32], share: NDArray[np.float64] | None) -> Deployment:
         place = Placement(slots=slots, num_experts=experts, num_ranks=ranks)
-        return Deployment.of(place, options.dispatch, share)
+        return Deployment.of(place, options.dispatch, share, facts.parallelism)
 
     own = {"second stage": deploy(refined.slots, refined.slot_share)}
     own["first stage"] = deploy(stage_one.slots, stage_one.slot_share)
@@ -274,15 +307,23 @@ def _lost(
     return tuple(lost)
 
 
-def _check_limits(facts: Facts, predicted: Score) -> None:
-    limit = facts.options.limits.tpot_p99
-    if limit is None:
+def check_limits(limits: Limits, workload: Workload, predicted: Score) -> None:
+    """Check that a prediction keeps the limits.
+
+    Raises
+    ------
+    InputError
+        If a limit is not of this kind of work.
+    InfeasibleError
+        If one is broken.
+    """
+    if limits.tpot_p99 is None:
         return
-    if facts.workload.phase != "decode":
+    if workload.phase != "decode":
         raise InputError("plan.limits.tpot_p99 with a prefill workload -- it needs decode_batch")
     p99 = float(np.percentile(predicted.step_times, 99))
-    if p99 > limit:
+    if p99 > limits.tpot_p99:
         raise InfeasibleError(
-            f"tpot_p99 is {p99 * 1e3:.3g} ms, the limit {limit * 1e3:.3g} ms",
+            f"tpot_p99 is {p99 * 1e3:.3g} ms, the limit {limits.tpot_p99 * 1e3:.3g} ms",
             levers=("a smaller decode_batch", "more GPUs", "a faster GPU (moeplan compare)"),
         )

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from hwmodels.cluster import Cluster
 from planner.options import PlanOptions
 from simulator.deployment import Deployment, Workload
+from simulator.layout import Layout
+from simulator.parallelism import AttentionLayout, ExpertLayout, Parallelism
 from simulator.result import Result
 from simulator.simulate import simulate
 from traces.model_spec import ModelSpec
@@ -26,6 +28,33 @@ class Facts:
     cluster: Cluster
     workload: Workload
     options: PlanOptions
+    parallelism: Parallelism | None = None
+    """Parallel layout; None: attention DP = EP = all ranks."""
+
+    @property
+    def layout(self) -> Layout:
+        """The layout on the cluster's ranks."""
+        ranks = self.cluster.num_ranks
+        plain = Parallelism(attention=AttentionLayout(dp=ranks), experts=ExpertLayout(ep=ranks))
+        return Layout.of(self.parallelism or plain, ranks)
+
+    @property
+    def expert_nodes(self) -> NDArray[np.int64]:
+        """Node of each expert-parallel rank of the first block, [ep].
+
+        All 0 where no token goes to its experts' ranks by itself: there is nothing to send less
+        of.
+        """
+        layout = self.layout
+        if layout.exchanged == 1:
+            return np.zeros(layout.ep, dtype=np.int64)
+        return np.asarray(self.cluster.node_of, dtype=np.int64)[layout.exchange_groups[0]]
+
+    @property
+    def expert_tokens(self) -> int:
+        """Tokens of a step (or of a pipeline's microbatch) that one block of ranks shares."""
+        layout = self.layout
+        return -(-self.workload.tokens // (layout.edp * layout.pp))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +74,19 @@ class Score:
 
     def summary(self) -> dict[str, float]:
         """Means over seeds; step times are pooled over all steps. Units are in the names."""
-        names = [n for n, v in self.results[0].summary().items() if isinstance(v, float)]
+        every = [result.summary() for result in self.results]
+        means = {
+            n: float(np.mean([its[n] for its in every]))
+            for n, v in every[0].items()
+            if isinstance(v, float)
+        }
         p50, p99 = np.percentile(self.step_times, [50, 99])
         pooled = {
             "step_time_s": float(self.step_times.mean()),
             "step_time_s_p50": float(p50),
             "step_time_s_p99": float(p99),
         }
-        return {n: self.mean(n) for n in names} | pooled | {"seeds": float(len(self.results))}
+        return means | pooled | {"seeds": float(len(self.results))}
 
     def gain_over(self, other: "Score") -> tuple[float, float]:
         """Return the relative gain in throughput over ``other``, and its noise.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
 from hwmodels import AllToAll, Cluster, GroupedGemm, Permute, price
+from simulator.layout import Layout
 from traces.model_spec import ModelSpec
 
 Singles = NDArray[np.float32]
@@ -28,7 +29,9 @@ def tokens_as_cost(tokens: Singles) -> Singles:
     return tokens
 
 
-def slot_seconds(model: ModelSpec, cluster: Cluster, tokens: int, slots: int) -> SlotCost:
+def slot_seconds(
+    model: ModelSpec, cluster: Cluster, tokens: int, slots: int, layout: Layout | None = None
+) -> SlotCost:
     """Return what a slot costs its rank, by its tokens: seconds, plus as much again by tokens.
 
     The second part is linear and equals the first at the mean load of a slot.
@@ -41,16 +44,19 @@ def slot_seconds(model: ModelSpec, cluster: Cluster, tokens: int, slots: int) ->
     model : ModelSpec
     cluster : Cluster
     tokens : int
-        Tokens of a step over all ranks, the most that a slot can have.
+        Tokens of a step that share the slots, the most that a slot can have.
     slots : int
-        Slots of a layer over all ranks.
+        Slots of a layer, each counted once.
+    layout : Layout, optional
+        Its expert tensor parallelism narrows the experts; without an all-to-all nothing is sent
+        for a slot. None: whole experts and an all-to-all of all ranks.
     """
     count = np.arange(min(tokens, _MOST_TOKENS) + 1)
     token_bytes = bytes_of(model.activation_dtype, model.comm_size)
     experts = GroupedGemm(
         tokens_per_expert=count[:, None],
         hidden=model.hidden_size,
-        width=model.expert_width,
+        width=model.expert_width if layout is None else layout.slice_width(model),
         gated=model.gated,
         weight_dtype=model.expert_dtype,
         activation_dtype=model.activation_dtype,
@@ -58,7 +64,8 @@ def slot_seconds(model: ModelSpec, cluster: Cluster, tokens: int, slots: int) ->
     moves = Permute(rows=count, row_bytes=np.full(len(count), token_bytes))
     no_launch = cluster.scaled(fixed=0.0)
     table = price(experts, no_launch).seconds + 2 * price(moves, no_launch).seconds
-    table += 2 * count * _port_seconds(no_launch, token_bytes)
+    if layout is None or layout.exchanged > 1:
+        table += 2 * count * _port_seconds(no_launch, token_bytes)
 
     mean = min(tokens * model.top_k / slots, len(count) - 1.0)
     table += count * float(np.interp(mean, count, table)) / mean

@@ -165,7 +165,8 @@ def _check_shares(share: NDArray[np.float64], placement: Placement) -> None:
 def occurrence(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return how many earlier entries (token order) are of the same group, same shape."""
     flat = group.ravel()
-    order = np.argsort(flat, kind="stable")
+    small = flat.max(initial=0) < 2**16  # short keys are sorted by radix, several times faster
+    order = np.argsort(flat.astype(np.uint16) if small else flat, kind="stable")
     ordered = flat[order]
     new = np.concatenate(([True], ordered[1:] != ordered[:-1]))
     starts = np.maximum.accumulate(np.where(new, np.arange(len(flat)), 0))
