@@ -168,9 +168,9 @@ def weights_outside_experts(model: ModelSpec, layout: Layout) -> Floats:
     sizes = []
     for number, layers in enumerate(layout.stage_layers(model.num_layers)):
         moe = len(set(layers) & set(model.moe_layer_ids))
-        dense = (len(layers) - moe) * 3 * hidden * (model.dense_width // layout.tp)
-        shared = moe * 3 * hidden * layout.shared_width(model)
-        matrices = len(layers) * a.matrix_parameters(hidden) + dense + shared
+        dense = (len(layers) - moe) * (model.dense_width // layout.tp)
+        ffn = model.ffn_matrices * hidden * (dense + moe * layout.shared_width(model))
+        matrices = len(layers) * a.matrix_parameters(hidden) + ffn
         vectors = len(layers) * (2 * hidden + a.vector_parameters(hidden)) + moe * router
         first, last = number == 0, number == layout.pp - 1
         tied = model.tie_embeddings and first
@@ -260,5 +260,5 @@ def _per_own_token(model: ModelSpec, on: Layout) -> float:
     """Bytes per token whose attention runs on the rank."""
     a = on.attention(model)
     width = a.num_heads * (a.head_dim + a.v_head_dim) + a.kv_elements_per_token
-    inner = max(model.dense_width // on.tp, on.shared_width(model)) * 2
+    inner = max(model.dense_width // on.tp, on.shared_width(model)) * (model.ffn_matrices - 1)
     return bytes_of(model.activation_dtype, 3 * model.hidden_size + width + inner)

@@ -15,7 +15,9 @@ from basis.errors import InputError
 from basis.schema import Strict
 from traces.model_spec import ModelSpec
 
-SiteName = Literal["home", "fetch", "list", "list_code", "split", "ops_per_byte", "planned"]
+SiteName = Literal[
+    "home", "fetch", "list", "list_code", "split", "ops_per_byte", "one_unit", "planned"
+]
 SiteChoice = Literal["fast", "fetch", "side"]
 
 
@@ -42,7 +44,14 @@ class Predictor(Strict):
     accuracy: float = Field(default=1.0, ge=0, le=1)
     """Share of the predicted experts that are right (gate_reuse)."""
     count: int | None = Field(default=None, ge=1)
-    """Experts predicted per layer (frequent); none: as many as the predictor says."""
+    """Most experts copied ahead per layer and step, those used most in the past first; frequent
+    predicts so many. None: no limit."""
+
+    @model_validator(mode="after")
+    def _limit_fits(self) -> Self:
+        if self.name == "all" and self.count is not None:
+            raise ValueError("predictor all copies whole layers -- leave out count")
+        return self
 
 
 class Site(Strict):
@@ -77,6 +86,13 @@ class Site(Strict):
             return any("side" in row for row in self.table or ())
         return self.name != "fetch"
 
+    @property
+    def fetches(self) -> bool:
+        """Whether an expert that is not resident may be copied on demand."""
+        if self.table is not None:
+            return any(choice != "side" for row in self.table for choice in row)
+        return self.name != "home"
+
 
 class Offload(Strict):
     """Residency, prefetch and compute site of the routed experts of one rank."""
@@ -89,7 +105,7 @@ class Offload(Strict):
     """Logical experts of each MoE layer that stay in the memory before the last link, where the
     home lies behind it (in the host, with ``nvme`` as home); none: no expert."""
     cache: Cache | None = None
-    """Slots besides the static ones."""
+    """Slots besides the static ones; only what is copied, on demand or ahead, enters them."""
     predictor: Predictor = Predictor()
     """What is prefetched."""
     site: Site = Site()
@@ -109,6 +125,11 @@ class Offload(Strict):
         if self.predictor.name == "all" and self.cache is not None:
             raise ValueError(
                 "predictor all streams every layer through a double buffer -- leave out the cache"
+            )
+        if self.cache is not None and self.predictor.name == "none" and not self.site.fetches:
+            raise ValueError(
+                f"cache with site {self.site.name}: nothing is ever copied, so it stays empty -- "
+                "name the experts in resident, add a predictor, or choose a site that copies"
             )
         return self
 

@@ -15,10 +15,11 @@ from basis.units import format_quantity
 from hwmodels.cluster import Cluster
 from simulator.memory import USABLE, MemoryNeed
 from simulator.offload import Offload
-from simulator.offload_decide import Bools, Decisions, stops
+from simulator.offload_decide import Bools, Decisions
+from simulator.site_costs import stops
 from traces.model_spec import ModelSpec
 
-_SIDE_OF_RESIDENT = {"list", "list_code", "split", "ops_per_byte"}
+_SIDE_OF_RESIDENT = {"list", "list_code", "split", "ops_per_byte", "one_unit"}
 """Sites that may compute a resident expert aside, so that its home keeps a copy."""
 EXPERT_TERMS = ("resident experts", "expert cache", "landing buffers")
 """Terms of the fast memory that hold experts."""

@@ -22,7 +22,7 @@ from simulator.lowering import lower
 from simulator.memory import MemoryNeed, memory_need
 from simulator.metrics import sampling_floor
 from simulator.offload import Offload
-from simulator.offload_decide import Bools, Decisions, Residency, decide, find_residency, stops
+from simulator.offload_decide import Bools, Decisions, decide
 from simulator.offload_memory import EXPERT_TERMS, TierNeed, check_tiers, tier_needs
 from simulator.offload_result import OffloadResult
 from simulator.offload_works import offload_works
@@ -30,6 +30,7 @@ from simulator.placement import Placement
 from simulator.pricing import price_step
 from simulator.program import play
 from simulator.result import causes_of
+from simulator.site_costs import stops
 from simulator.work import Work
 from traces.caches_inputs import expert_scores
 from traces.model_spec import ModelSpec
@@ -92,7 +93,7 @@ def simulate_offload(
     works = lower(model, loads)
     past = _experts(lower(model, count(every, 0))) if warmup else _experts(works)
     setting = _Setting.of(model, cluster, deployment, _experts(works))
-    decisions = _decide(setting, trace, every, _experts(works), past, seed)
+    decisions = _decide(setting, trace, every, past, seed).last(steps)
     result = _play(setting, trace, composition, loads, works, decisions, seed)
     said = f"; the first {warmup} of them only fill cache and predictor" if warmup else ""
     return replace(result, composition=every.statement + said)
@@ -184,27 +185,24 @@ def _decide(
     trace: RoutingTrace,
     every: Composition,
     op: GroupedGemm,
-    past: GroupedGemm,
     seed: int,
 ) -> Decisions:
-    """Decide for the steps of ``op``, the last ones of ``past``, which are those of ``every``."""
-    offload, shape = setting.offload, setting.logical.shape
-    scores = None
+    """Decide for all steps of ``op``, which are those of ``every``."""
+    offload, scores = setting.offload, None
     if offload.cache is not None:
         scores = expert_scores(trace, [b.rows for b in every.batches], offload.cache.score)
-    found = find_residency(
+    table = offload.site_table(setting.model)
+    return decide(
         offload,
-        past.tokens_per_expert.reshape(-1, *shape) > 0,
-        setting.static,
-        None if scores is None else setting.by_slot(scores),
+        setting.cluster,
+        op,
+        setting.expert_bytes,
+        static=setting.static,
+        cold=~setting.by_slot(offload.warm_mask(setting.model)),
+        aside=None if table is None else setting.by_slot(table),
+        scores=None if scores is None else setting.by_slot(scores),
         seed=seed,
     )
-    steps = op.tokens_per_expert.reshape(-1, *shape).shape[0]
-    residency = Residency(held=found.held[-steps:], ahead=found.ahead[-steps:])
-    table = offload.site_table(setting.model)
-    aside = None if table is None else setting.by_slot(table)
-    cold = ~setting.by_slot(offload.warm_mask(setting.model))
-    return decide(offload, setting.cluster, op, setting.expert_bytes, residency, cold, aside)
 
 
 def _check_memory(

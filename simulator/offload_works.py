@@ -16,8 +16,9 @@ from basis.dtypes import bytes_of
 from hwmodels.cluster import Cluster
 from hwmodels.ops import AttentionDecode, Copy, GroupedGemm, Op, Stage
 from simulator.offload import Offload
-from simulator.offload_decide import Bools, Decisions, resized, stops
+from simulator.offload_decide import Bools, Decisions
 from simulator.program import Stream
+from simulator.site_costs import resized, stops
 from simulator.sites import Where
 from simulator.work import Work
 
@@ -192,12 +193,17 @@ class _Writer:
         return works
 
     def _whole_layer(self) -> list[Work]:
-        """All that is missing of this layer, once a buffer is free: ``depth`` layers are ahead."""
+        """All that is missing of the layer ``depth`` layers on, when the layer before this is done.
+
+        Its buffer is free then. The last ``depth`` layers copy for the first ones of the next
+        step, which misses the same experts.
+        """
         depth, ahead = self.offload.predictor.depth, self.decisions.residency.ahead
-        cold = (ahead & self.decisions.cold).sum(axis=-1)
-        return self._copies(
-            "prefetch", "read ahead", ahead.sum(axis=-1), cold, (("unpermute", depth),)
+        later, cold = (
+            np.roll(chosen.sum(axis=-1), -depth, axis=1)
+            for chosen in (ahead, ahead & self.decisions.cold)
         )
+        return self._copies("prefetch", "read ahead", later, cold, (("unpermute", 0),))
 
     def _copies(
         self, name: str, read: str, experts: NDArray[Any], cold: NDArray[Any], after: After
@@ -216,9 +222,9 @@ class _Writer:
         return np.asarray(experts.ravel() * self.expert_bytes, dtype=np.float64)
 
     def _after_ahead(self) -> After:
-        if self.offload.predictor.name == "all":
-            return (("prefetch", 0), *_PERMUTED)
-        return (("prefetch", self.offload.predictor.depth * self.prefetches), *_PERMUTED)
+        """Name the layer's last copy; one from the step before had landed when that ended."""
+        a_layer = 1 if self.offload.predictor.name == "all" else self.prefetches
+        return (("prefetch", self.offload.predictor.depth * a_layer), *_PERMUTED)
 
     def _aside(self) -> list[Work]:
         d, name = self.decisions, self.offload.site.processor

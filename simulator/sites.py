@@ -8,7 +8,7 @@ time: fast processor, copies, side processor. Times in seconds from the moment t
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from simulator.offload import SiteName
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+_COLUMNS = ("tokens", "resident", "fast_s", "fetch_s", "side_s")
 
 
 class Where(IntEnum):
@@ -64,6 +65,13 @@ class SiteProblem:
             full = np.broadcast_to(getattr(self, name), self.tokens.shape)
             object.__setattr__(self, name, full)
 
+    def part(self, index: tuple[Any, ...], resident: Bools) -> Self:
+        """Return some of the leading axes' entries, with other residents ``[..., n]``."""
+        columns: dict[str, Any] = {name: getattr(self, name)[index] for name in _COLUMNS}
+        aside = None if self.aside is None else np.broadcast_to(self.aside, self.tokens.shape)
+        columns["aside"] = None if aside is None else aside[index]
+        return replace(self, **columns | {"resident": resident})
+
     @property
     def active(self) -> Bools:
         """Experts with tokens, [..., n]."""
@@ -91,10 +99,15 @@ def assign(name: SiteName, problem: SiteProblem) -> Assignment:
     InputError
         If no rule has the name.
     """
+    where = sites_of(name, problem)
+    return Assignment(where=where, order=_order(problem, where), makespan=makespan(problem, where))
+
+
+def sites_of(name: SiteName, problem: SiteProblem) -> NDArray[np.int8]:
+    """Return `Where` each expert runs, [..., n]; errors as `assign`."""
     if name not in SITES:
         raise InputError(f"unknown site policy {name!r} -- known are {', '.join(SITES)}")
-    where = np.where(problem.active, SITES[name](problem), Where.IDLE).astype(np.int8)
-    return Assignment(where=where, order=_order(problem, where), makespan=makespan(problem, where))
+    return np.where(problem.active, SITES[name](problem), Where.IDLE).astype(np.int8)
 
 
 def makespan(problem: SiteProblem, where: NDArray[np.integer]) -> Floats:
@@ -128,11 +141,19 @@ def _fetch(p: SiteProblem) -> NDArray[np.integer]:
 
 
 def _ops_per_byte(p: SiteProblem) -> NDArray[np.integer]:
-    """Experts whose weights are used often enough run fast: FLOP per weight byte grow with tokens.
-
-    Duplex without co-processing: low operational intensity goes to the processor in the memory.
-    """
+    """Experts whose weights are used often enough run fast: more tokens, more FLOP per byte."""
     return np.where(p.tokens >= p.threshold, _fetch(p), Where.SIDE)
+
+
+def _one_unit(p: SiteProblem) -> NDArray[np.integer]:
+    """All experts of a layer on one processor, the one that ends earlier; at a tie the fast one.
+
+    Duplex without co-processing.
+    """
+    fast = np.where(p.active, _fetch(p), Where.IDLE)
+    side = np.where(p.active, Where.SIDE, Where.IDLE)
+    faster = makespan(p, side) < makespan(p, fast)
+    return np.where(faster[..., None], side, fast)
 
 
 def _planned(p: SiteProblem) -> NDArray[np.integer]:
@@ -247,6 +268,7 @@ SITES: dict[SiteName, Callable[[SiteProblem], NDArray[np.integer]]] = {
     "list_code": _list_code,
     "split": _split,
     "ops_per_byte": _ops_per_byte,
+    "one_unit": _one_unit,
     "planned": _planned,
 }
 """Rules by name; each says where an active expert runs, [..., n]."""
@@ -273,8 +295,7 @@ def _flat(p: SiteProblem) -> SiteProblem:
 
 def _with_columns(p: SiteProblem, change: Callable[[NDArray[Any]], NDArray[Any]]) -> SiteProblem:
     """Change every column that the rules with times read."""
-    names = ("tokens", "resident", "fast_s", "fetch_s", "side_s")
-    columns: dict[str, Any] = {name: change(getattr(p, name)) for name in names}
+    columns: dict[str, Any] = {name: change(getattr(p, name)) for name in _COLUMNS}
     return replace(p, aside=None, **columns)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from basis.errors import InputError
-from traces.caches_play import play_layers, play_pool
+from traces.caches_play import Loaded, Rules, play_layers, play_pool
 from traces.caches_scores import Bools, Floats, check_score, score_keys
 
 Scope = Literal["layer", "global"]
@@ -27,9 +27,8 @@ _CHUNK_CELLS = 2**22  # comparisons of stack distances made at a time
 class Replay:
     """What an expert cache did over S steps, L layers and E experts; pinned experts left out.
 
-    ``loads - evictions`` equals the residents at the end minus those at the start. A demand miss
-    that does not stay (an access larger than the cache, or admission by score) counts as a load
-    and an eviction.
+    ``loads - evictions`` equals the residents at the end minus those at the start. A load that does
+    not stay (an access larger than the cache, or admission by score) counts as an eviction too.
     """
 
     active: Bools
@@ -38,6 +37,8 @@ class Replay:
     """``[S, L, E]`` in the cache when layer l of step s runs, after its prefetch."""
     prefetched: Bools
     """``[S, L, E]`` loaded ahead of the access."""
+    fetched: Bools
+    """``[S, L, E]`` loaded on demand: the misses, but for those that were computed elsewhere."""
     evictions: int
     start: Bools
     """``[L, E]`` residents before the first access."""
@@ -51,7 +52,7 @@ class Replay:
 
     @cached_property
     def miss(self) -> Bools:
-        """``[S, L, E]`` used, and loaded on demand."""
+        """``[S, L, E]`` used, and not in the cache by then."""
         return self.active & ~self.resident
 
     @property
@@ -72,7 +73,7 @@ class Replay:
     @property
     def loads(self) -> int:
         """Experts brought in, ahead or on demand; times an expert's bytes = bytes moved."""
-        return self.misses + self.prefetch_loads
+        return int(np.count_nonzero(self.fetched)) + self.prefetch_loads
 
     @property
     def hit_rate(self) -> float:
@@ -118,6 +119,8 @@ def replay(
     prefetched: Bools | None = None,
     pinned: Bools | None = None,
     start: Bools | None = None,
+    most_ahead: int | None = None,
+    loaded: Loaded | None = None,
 ) -> Replay:
     """Replay a sequence of accesses through an expert cache.
 
@@ -151,12 +154,21 @@ def replay(
         Always in the fast memory; in no count and no slot.
     start : bool array ``[L, E]``, optional
         Residents before the first access; none by default.
+    most_ahead : int, optional
+        Most loads ahead of an access, those first that its layer used most so far (of equals the
+        smaller id); no limit by default.
+    loaded : callable, optional
+        Which misses are copied, where another processor may compute them: called as
+        ``loaded(step, layers, resident)`` with the layers that are due (a slice) and their
+        residents ``[l, E]`` after the prefetch, returns bool ``[l, E]``. What it leaves out does
+        not come in. Called for each step (scope layer) or access (scope global); by default every
+        miss is copied.
 
     Raises
     ------
     InputError
         If a name is unknown, shapes disagree, slots are negative or fewer than ``start`` takes,
-        or the score's input is missing.
+        ``most_ahead`` is below 1, or the score's input is missing.
     """
     check_score(score)
     _, layers, experts = _check_shape(active)
@@ -176,17 +188,20 @@ def replay(
         raise InputError(
             f"unknown admission {admission!r} -- one of {', '.join(get_args(Admission))}"
         )
-    by_score = admission == "score"
+    if most_ahead is not None and most_ahead < 1:
+        raise InputError(f"most_ahead {most_ahead} -- must be at least 1, or none for no limit")
+    rules = Rules(by_score=admission == "score", ahead=most_ahead, loaded=loaded)
     keys = score_keys(score, active, scores=scores, decay=decay)
     if scope == "layer":
-        played = play_layers(active, prefetched, keys, room, start, by_score=by_score)
+        played = play_layers(active, prefetched, keys, room, start, rules)
     else:
-        played = play_pool(active, prefetched, keys, int(room[0]), start, by_score=by_score)
-    loads = played.prefetched
+        played = play_pool(active, prefetched, keys, int(room[0]), start, rules)
+    loads, fetched = played.prefetched, played.fetched
     return Replay(
         active=active,
         resident=played.resident,
         prefetched=np.broadcast_to(np.False_, active.shape) if loads is None else loads,
+        fetched=active & ~played.resident if fetched is None else fetched,
         evictions=int(played.evictions),
         start=start,
         final=played.final,

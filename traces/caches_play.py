@@ -1,13 +1,13 @@
 """The two players of an expert cache: one cache per layer, or one cache for all layers.
 
-Both play accesses in order (step, layer) by one rule: the experts that are wanted come in, and
-while more are held than there are slots the one with the smallest key (`traces.caches_scores`)
-goes, of equal ones the smaller id; the wanted ones themselves go last, or, where misses are
-admitted by score only, like all others. Unit: experts.
+Both play accesses in order (step, layer) by one rule: the experts that are wanted come in (of the
+misses only those that are copied), and while more are held than there are slots the one with the
+smallest key (`traces.caches_scores`) goes, of equal ones the smaller id; the wanted ones themselves
+go last, or, where misses are admitted by score only, like all others. Unit: experts.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,21 @@ from traces.caches_scores import Keys
 Bools = NDArray[np.bool_]
 _CHUNK_STEPS = 2048  # steps whose accesses lie in memory as Python lists at a time
 _HEAP_FACTOR = 8  # entries per expert before outdated ones are swept out
+Loaded = Callable[[int, slice, Bools], Bools]
+"""From a step, some layers and what is resident of these ``[l, E]`` (when they run, after their
+prefetch) to the experts that are copied on demand ``[l, E]``, as far as used and missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What of that which is wanted comes in, and stays."""
+
+    by_score: bool = False
+    """Whether a miss stays only where its key says so."""
+    ahead: int | None = None
+    """Most loads ahead of an access, those used most so far first; None = no limit."""
+    loaded: Loaded | None = None
+    """Which misses are copied; None = all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +44,8 @@ class Played:
     """``[S, L, E]`` in the cache when the layer runs, after its prefetch."""
     prefetched: Bools | None
     """``[S, L, E]`` loaded ahead of the access; None where nothing was asked for."""
+    fetched: Bools | None
+    """``[S, L, E]`` loaded on demand; None where every miss is."""
     evictions: int
     final: Bools
     """``[L, E]`` in the cache after the last access."""
@@ -36,7 +53,7 @@ class Played:
 
 def play_layers(
     active: Bools, prefetched: Bools | None, keys: Keys, slots: NDArray[np.int64], start: Bools,
-    *, by_score: bool,
+    rules: Rules,
 ) -> Played:  # fmt: skip
     """Play L independent caches at once, step by step.
 
@@ -48,17 +65,22 @@ def play_layers(
     slots : int array ``[L]``
     start : bool array ``[L, E]``
         Residents before the first access.
-    by_score : bool
-        Whether a miss stays only where its key says so.
+    rules : Rules
     """
     steps, layers, _ = active.shape
     resident, seen = start.copy(), np.empty_like(active)
     loads = None if prefetched is None else np.empty_like(active)
+    fetched = None if rules.loaded is None else np.empty_like(active)
+    uses, every = np.zeros(start.shape), slice(0, layers)
     key = keys.initial.reshape(start.shape).copy()
     flat, bounds, evictions = key.reshape(-1), keys.bounds[::layers].tolist(), 0
     for step in range(steps):
         if prefetched is not None and loads is not None:
             wanted = prefetched[step]
+            if rules.ahead is not None:
+                most = np.full(layers, rules.ahead)
+                wanted = wanted & (resident | _smallest(-uses, wanted & ~resident, most))
+                uses += active[step]
             held, new = resident | wanted, wanted & ~resident
             after = _shrink(held, held & ~wanted, new, key, slots)
             loads[step] = after & ~resident
@@ -68,10 +90,15 @@ def play_layers(
         touched = slice(bounds[step], bounds[step + 1])
         flat[keys.cells[touched]] = keys.values[touched]
         used = active[step]
-        held = resident | used
-        resident = _shrink(held, held if by_score else held & ~used, used, key, slots)
+        came = used
+        if rules.loaded is not None and fetched is not None:
+            came = fetched[step] = used & ~resident & rules.loaded(step, every, resident)
+        held = resident | came
+        resident = _shrink(held, held if rules.by_score else held & ~used, used, key, slots)
         evictions += int(np.count_nonzero(held)) - int(np.count_nonzero(resident))
-    return Played(resident=seen, prefetched=loads, evictions=evictions, final=resident)
+    return Played(
+        resident=seen, prefetched=loads, fetched=fetched, evictions=evictions, final=resident
+    )
 
 
 def _shrink(
@@ -101,13 +128,12 @@ def _smallest(key: NDArray[np.float64], among: Bools, count: NDArray[np.int64]) 
 
 
 def play_pool(
-    active: Bools, prefetched: Bools | None, keys: Keys, slots: int, start: Bools,
-    *, by_score: bool,
+    active: Bools, prefetched: Bools | None, keys: Keys, slots: int, start: Bools, rules: Rules,
 ) -> Played:  # fmt: skip
     """Play one cache for all layers, access by access; parameters as `play_layers`."""
     steps, layers, experts = active.shape
     pool = _Pool(slots, keys.initial, np.flatnonzero(start))
-    seen, loads = bytearray(active.size), bytearray(active.size)
+    seen, loads, fetched = (bytearray(active.size) for _ in range(3))
     for first in range(0, steps, _CHUNK_STEPS):
         part = slice(first, first + _CHUNK_STEPS)
         used = _cells(active[part])
@@ -121,16 +147,28 @@ def play_pool(
             layer = access % layers * experts
             at = (place + access) * experts
             if ahead is not None:
-                for cell in pool.prefetch(ahead[access]):
+                for cell in pool.prefetch(ahead[access], rules.ahead):
                     loads[at + cell - layer] = 1
             seen[at : at + experts] = pool.resident[layer : layer + experts]
             touched = slice(edges[access], edges[access + 1])
             pool.touch(cells[touched], values[touched])
-            pool.admit(wanted, spared=() if by_score else wanted)
+            came = wanted
+            if rules.loaded is not None:
+                held = np.frombuffer(pool.resident, np.bool_, experts, layer)[None].copy()
+                one = slice(access % layers, access % layers + 1)
+                copied = rules.loaded(first + access // layers, one, held)[0] & ~held[0]
+                came = [cell for cell in wanted if copied[cell - layer]]
+                for cell in came:
+                    fetched[at + cell - layer] = 1
+            pool.admit(came, spared=() if rules.by_score else wanted)
+            if rules.ahead is not None:
+                pool.count(wanted)
     return Played(
         resident=np.frombuffer(seen, np.bool_).reshape(active.shape),
         prefetched=None if prefetched is None
         else np.frombuffer(loads, np.bool_).reshape(active.shape),
+        fetched=None if rules.loaded is None
+        else np.frombuffer(fetched, np.bool_).reshape(active.shape),
         evictions=pool.evictions,
         final=np.frombuffer(pool.resident, np.bool_).reshape(start.shape),
     )  # fmt: skip
@@ -155,6 +193,7 @@ class _Pool:
     def __init__(self, slots: int, initial: NDArray[np.float64], start: NDArray[np.int64]) -> None:
         self.slots, self.key = slots, initial.tolist()
         self.resident = bytearray(len(self.key))
+        self.uses = [0] * len(self.key)
         self.held, self.evictions = 0, 0
         self.heap: list[tuple[float, int]] = []
         self._add(start.tolist())
@@ -174,9 +213,17 @@ class _Pool:
         self._add([cell for cell in wanted if not self.resident[cell]])
         self._shrink(spared)
 
-    def prefetch(self, wanted: list[int]) -> list[int]:
-        """Bring in what is expected, as far as the slots go, and return what was loaded."""
+    def count(self, used: list[int]) -> None:
+        """Remember that cells were used."""
+        for cell in used:
+            self.uses[cell] += 1
+
+    def prefetch(self, wanted: list[int], most: int | None) -> list[int]:
+        """Bring in what is expected, as far as limit and slots go, and return what was loaded."""
         new = [cell for cell in wanted if not self.resident[cell]]
+        if most is not None and len(new) > most:
+            new = sorted(new, key=lambda cell: (-self.uses[cell], cell))[:most]
+            wanted = [cell for cell in wanted if self.resident[cell]] + new
         room = self.slots - (len(wanted) - len(new))
         if len(new) > room:
             new = sorted(new, key=lambda cell: (self.key[cell], cell))[len(new) - room :]

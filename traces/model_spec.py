@@ -110,7 +110,7 @@ class ModelSpec(Strict):
     expert_width: PositiveInt
     """Inner width of one routed expert."""
     gated: bool = True
-    """Three matrices per expert (gate, up, down); two where False."""
+    """Three matrices per expert, shared expert and dense FFN (gate, up, down); two where False."""
     expert_bias: bool = False
     """Whether the experts' projections have biases (gpt-oss)."""
     router_bias: bool = False
@@ -169,9 +169,14 @@ class ModelSpec(Strict):
         return len(self.moe_layer_ids)
 
     @property
+    def ffn_matrices(self) -> int:
+        """Matrices of a feed-forward network, expert or dense."""
+        return 3 if self.gated else 2
+
+    @property
     def expert_matrix_params(self) -> int:
         """Parameters of one routed expert's matrices."""
-        return (3 if self.gated else 2) * self.hidden_size * self.expert_width
+        return self.ffn_matrices * self.hidden_size * self.expert_width
 
     @property
     def expert_vector_params(self) -> int:
@@ -227,9 +232,10 @@ class ModelSpec(Strict):
     @property
     def _outer_matrix_params(self) -> int:
         """Matrices that a quantised checkpoint quantises: attention, shared and dense FFN."""
-        dense = (self.num_layers - self.num_moe_layers) * 3 * self.hidden_size * self.dense_width
-        shared = self.num_moe_layers * 3 * self.hidden_size * self.shared_expert_width
-        return self.num_layers * self.attention.matrix_parameters(self.hidden_size) + dense + shared
+        dense = (self.num_layers - self.num_moe_layers) * self.dense_width
+        shared = self.num_moe_layers * self.shared_expert_width
+        ffn = self.ffn_matrices * self.hidden_size * (dense + shared)
+        return self.num_layers * self.attention.matrix_parameters(self.hidden_size) + ffn
 
     @property
     def _outer_vector_params(self) -> int:

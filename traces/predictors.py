@@ -5,7 +5,7 @@ answers in the same shape. How accurate gate reuse is cannot be learnt from a tr
 experts: it is an input, and a result that rests on it should say so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,8 @@ def predict(
     accuracy : float
         Of ``gate_reuse``, per used expert: an input, between 0 and 1.
     count : int, optional
-        Of ``frequent``: experts per layer.
+        Of ``frequent``: experts per layer. What limits the copies of any predictor is
+        `most_used` (and ``most_ahead`` of `traces.caches.replay`).
     seed : int
         Of ``gate_reuse``.
 
@@ -124,14 +125,50 @@ def _gate_reuse(active: Bools, options: _Options) -> Bools:
 
 def _frequent(active: Bools, options: _Options) -> Bools:
     predicted = np.zeros_like(active)
+    for part, before in _uses_before(active):
+        predicted[part] = _most(before, before > 0, options.count)
+    return predicted
+
+
+def most_used(chosen: Bools, active: Bools, count: int) -> Bools:
+    """Keep at most ``count`` of the chosen experts of each access.
+
+    Those stay that their layer used most in earlier steps, of equals the smaller ids.
+
+    Parameters
+    ----------
+    chosen, active : bool array ``[S, L, E]``
+
+    Returns
+    -------
+    bool array ``[S, L, E]``
+
+    Raises
+    ------
+    InputError
+        If the count is below 1.
+    """
+    if count < 1:
+        raise InputError(f"predictor count {count} -- must be at least 1, or none for no limit")
+    kept = np.zeros_like(chosen)
+    for part, before in _uses_before(active):
+        kept[part] = _most(before, chosen[part], count)
+    return kept
+
+
+def _uses_before(active: Bools) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Yield runs of steps, and how often each expert was used before each of them ``[s, L, E]``."""
     past = np.zeros(active.shape[1:], np.int64)
     for part in _chunks(active):
         counts = past + np.cumsum(active[part], axis=0)
-        before = np.concatenate([past[None], counts[:-1]])
+        yield part, np.concatenate([past[None], counts[:-1]])
         past = counts[-1]
-        most = _first(-before, np.full(before.shape[:2], options.count))
-        predicted[part] = most & (before > 0)
-    return predicted
+
+
+def _most(uses: NDArray[np.int64], among: Bools, count: int) -> Bools:
+    """Mark the ``count`` largest uses of each access ``[s, L, E]`` among the given."""
+    most = _first(np.where(among, -uses, np.inf), np.full(uses.shape[:2], count))
+    return most & among
 
 
 def _first(key: NDArray[np.number], count: NDArray[np.integer]) -> Bools:

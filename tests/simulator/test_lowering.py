@@ -19,6 +19,7 @@ from simulator.batches import Composition, StepBatch
 from simulator.dispatch import Dispatcher
 from simulator.loads import StepLoads, count_loads
 from simulator.lowering import lower
+from simulator.memory import memory_need
 from simulator.placement import Placement
 from simulator.work import Work
 from traces import Attention, ModelSpec, RoutingTrace
@@ -54,17 +55,21 @@ def _loads(
     decode: bool,
     context: list[int] | None = None,
 ) -> StepLoads:
-    tokens = trace.num_tokens
-    batch = StepBatch(
-        rows=np.arange(tokens),
-        context=np.ones(tokens, dtype=np.int64) if context is None else np.array(context),
-        home=np.arange(tokens) % placement.num_ranks,
-        last=np.ones(tokens, dtype=np.bool_),
-    )
+    batch = _batch(trace, placement.num_ranks, context)
     steps = Composition(batches=(batch,), decode=decode, statement="", stand_in=False)
     node_of = np.zeros(placement.num_ranks, dtype=np.int64)
     dispatcher = Dispatcher(placement=placement, dispatch="even", node_of=node_of)
     return count_loads(model, trace, steps, dispatcher)
+
+
+def _batch(trace: RoutingTrace, ranks: int, context: list[int] | None = None) -> StepBatch:
+    tokens = trace.num_tokens
+    return StepBatch(
+        rows=np.arange(tokens),
+        context=np.ones(tokens, dtype=np.int64) if context is None else np.array(context),
+        home=np.arange(tokens) % ranks,
+        last=np.ones(tokens, dtype=np.bool_),
+    )
 
 
 def _total(works: list[Work], kinds: tuple[type, ...], what: str) -> float:
@@ -79,22 +84,30 @@ def _total(works: list[Work], kinds: tuple[type, ...], what: str) -> float:
 def _matrix_params(model: ModelSpec) -> tuple[float, float]:
     """Weights that every token multiplies, and those of one expert; no embedding, no vectors."""
     dense_layers = model.num_layers - model.num_moe_layers
+    ffn = (3 if model.gated else 2) * model.hidden_size
     outside = (
         model.num_layers * model.attention.matrix_parameters(model.hidden_size)
-        + dense_layers * 3 * model.hidden_size * model.dense_width
-        + model.num_moe_layers * 3 * model.hidden_size * model.shared_expert_width
+        + dense_layers * ffn * model.dense_width
+        + model.num_moe_layers * ffn * model.shared_expert_width
         + model.num_moe_layers * model.num_experts * model.hidden_size
         + model.vocab_size * model.hidden_size
     )
     return outside, model.expert_matrix_params
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @pytest.mark.parametrize("decode", [True, False])
 def test_flops_are_two_per_active_parameter_and_token(
-    make_model: ModelOf, make_trace: TraceOf, contiguous: PlacementOf, kind: str, decode: bool
+    make_model: ModelOf,
+    make_trace: TraceOf,
+    contiguous: PlacementOf,
+    kind: str,
+    decode: bool,
+    gated: bool,
 ) -> None:
     model = make_model(
+        gated=gated,
         num_layers=3,
         moe_layer_ids=(1, 2),
         dense_width=640,
@@ -109,11 +122,14 @@ def test_flops_are_two_per_active_parameter_and_token(
     assert flops == pytest.approx(2 * active * trace.num_tokens, rel=1e-12)
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_a_full_rank_reads_every_weight_once(
-    make_model: ModelOf, make_trace: TraceOf, contiguous: PlacementOf, kind: str
+    make_model: ModelOf, make_trace: TraceOf, contiguous: PlacementOf, kind: str, gated: bool
 ) -> None:
+    """As many as the model counts, but for embedding and vectors."""
     model = make_model(
+        gated=gated,
         num_layers=3,
         moe_layer_ids=(1, 2),
         dense_width=640,
@@ -131,6 +147,16 @@ def test_a_full_rank_reads_every_weight_once(
     experts = model.num_moe_layers * model.num_experts * bytes_of("mxfp4", expert)
     expected = bytes_of("fp8", outside - full - router) + bytes_of("bf16", full) + experts
     assert read == pytest.approx(expected, rel=1e-12)
+    vectors = (
+        full
+        + model.hidden_size
+        + model.num_layers
+        * (2 * model.hidden_size + model.attention.vector_parameters(model.hidden_size))
+    )
+    held = bytes_of("bf16", vectors + router) + bytes_of("fp8", outside - full - router)
+    assert model.bytes_outside_experts == pytest.approx(held + bytes_of("bf16", full), rel=1e-12)
+    need = memory_need(model, contiguous(model, 1), [_batch(trace, 1)])
+    assert need.weights == pytest.approx(model.bytes_outside_experts, rel=1e-12)
 
 
 def test_bytes_that_only_pass_through_equal_a_hand_count(

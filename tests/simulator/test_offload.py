@@ -43,7 +43,12 @@ def run(
     """Simulate one offload; every step takes the same two experts where ``constant``."""
 
     def simulated(
-        *, constant: bool = False, cluster: Cluster = station, batch: int = BATCH, **offload: Any
+        *,
+        constant: bool = False,
+        cluster: Cluster = station,
+        batch: int = BATCH,
+        warmup: int | None = None,
+        **offload: Any,
     ) -> OffloadResult:
         same = np.tile(np.arange(2), (8 * 16, LAYERS, 1)) if constant else None
         deployment = Deployment.of(contiguous(model, 1)).model_copy(
@@ -51,7 +56,13 @@ def run(
         )
         workload = Workload(decode_batch=batch)
         return simulate_offload(
-            model, make_trace(model, same), cluster, deployment, workload, steps=STEPS
+            model,
+            make_trace(model, same),
+            cluster,
+            deployment,
+            workload,
+            steps=STEPS,
+            warmup=warmup,
         )
 
     return simulated
@@ -69,6 +80,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"site": {"name": "home", "processor": "cpu"}},
     {"site": {"name": "list", "processor": "cpu"}, "cache": {"slots": 3}},
     {"site": {"name": "split", "processor": "cpu"}, "predictor": {"name": "exact"}},
+    {"site": {"name": "one_unit", "processor": "cpu"}, "cache": {"slots": 2}},
+    {"predictor": {"name": "exact", "count": 1}},
     {"site": {"name": "ops_per_byte", "processor": "cpu", "threshold": 2}, "home": "nvme"},
     {"home": "nvme", "predictor": {"name": "exact", "depth": 2}},
     {"attention": "cpu", "predictor": {"name": "all"}},
@@ -135,30 +148,47 @@ def test_on_demand_fetching_has_a_closed_form(
     assert ours.hit_rate == 0
 
 
-@pytest.mark.parametrize("faster", [1.0, 12.0, 200.0])
+@pytest.mark.parametrize("faster", [1.0, 12.0, 60.0, 200.0])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_layer_streaming_follows_the_double_buffer_recurrence(
+def test_layer_streaming_is_the_steady_state_of_the_ring(
     run: Run, station: Cluster, faster: float, depth: int
 ) -> None:
-    """copy_l begins when copy_(l-1) and the experts of layer l - depth - 1 have ended."""
+    """Equal steps one after another, copies and layers counted on through all of them.
+
+    copy_n begins when copy_(n-1) and the experts of layer n - depth - 1 have ended, across the ends
+    of steps. Ours is that in the long run, or longer by less than a copy: it waits at a step's end
+    for the copies of the next one's first layers.
+    """
     cluster = station.scaled(communication=faster) if faster > 1 else station
     ours = run(predictor={"name": "all", "depth": depth}, cluster=cluster)
-    experts, copies = _item_s(ours, "experts copied ahead"), _item_s(ours, "prefetch")
-    done = np.zeros((STEPS, LAYERS + 1))
+    copies = _item_s(ours, "prefetch")
+    experts = _item_s(ours, "experts copied ahead") + _item_s(ours, "unpermute")
     items, busy = ours.played.items, ours.played.busy[:, :, 0]
-    before = [
-        busy[:, [i for i, it in enumerate(items) if it.layer == layer and _comes_first(it)]]
-        for layer in range(-1, LAYERS)
-    ]
-    done[:, 0] = before[0].sum(axis=1)
-    copied = np.zeros(STEPS)
-    for n in range(LAYERS):
-        freed = done[:, n - depth] if n > depth else np.zeros(STEPS)
-        copied = np.maximum(copied, freed) + copies[:, n]
-        ready = np.maximum(done[:, n] + before[n + 1].sum(axis=1), copied)
-        done[:, n + 1] = ready + experts[:, n] + _item_s(ours, "unpermute")[:, n]
-    tail = busy[:, [i for i, it in enumerate(items) if it.layer == LAYERS]].sum(axis=1)
-    assert ours.step_times == pytest.approx(done[:, -1] + tail, rel=1e-9)
+    first, *before, tail = (
+        busy[:, [i for i, it in enumerate(items) if it.layer == layer and _comes_first(it)]].sum(1)
+        for layer in range(-1, LAYERS + 1)
+    )
+    now, copied = np.zeros(STEPS), np.zeros(STEPS)
+    done: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
+    for n in range(40 * LAYERS):
+        layer = n % LAYERS
+        freed = done[n - depth - 1] if n > depth else 0.0
+        copied = np.maximum(copied, freed) + copies[:, 0]
+        begins = now + before[layer] + (first if layer == 0 else 0)
+        now = np.maximum(begins, copied) + experts[:, layer]
+        done.append(now)
+        if layer == LAYERS - 1:
+            now = now + tail
+            ends.append(now)
+    period = (ends[-1] - ends[-21]) / 20
+    assert copies == pytest.approx(np.broadcast_to(copies[:1, :1], copies.shape), rel=1e-9)
+    assert (ours.step_times >= period * (1 - 1e-9)).all()
+    assert (ours.step_times < period + copies[:, 0]).all()
+    if faster in (1, 200):  # the copies bind, or the kernels do
+        busiest = np.maximum(copies.sum(axis=1), first + sum(before) + experts.sum(axis=1) + tail)
+        assert period == pytest.approx(busiest, rel=1e-9)
+        assert ours.step_times == pytest.approx(period, rel=1e-9)
 
 
 def _comes_first(item: Any) -> bool:
@@ -212,6 +242,94 @@ def test_bytes_and_tokens_are_conserved(
     grouped = [i for i, it in enumerate(ours.played.items) if it.stream == Stream.SIDE]
     runs_aside = offload.get("attention") is not None or bool(d.aside.any())
     assert bool(ours.played.busy[:, grouped].any()) == runs_aside
+
+
+SITE_CHOICES: list[dict[str, Any]] = [
+    {"name": "fetch"},
+    {"name": "home", "processor": "cpu"},
+    {"name": "list", "processor": "cpu"},
+    {"name": "list_code", "processor": "cpu"},
+    {"name": "split", "processor": "cpu"},
+    {"name": "ops_per_byte", "processor": "cpu", "threshold": 2},
+    {"name": "one_unit", "processor": "cpu"},
+    {"name": "planned", "processor": "cpu", "table": [["side", "fetch"] * 4] * LAYERS},
+]
+CACHES: list[dict[str, Any]] = [
+    {"slots": 3},
+    {"slots": 2, "score": "belady"},
+    {"slots": 5, "score": "lfu"},
+    {"slots": 9, "scope": "global", "score": "lfu"},
+]
+AHEAD: list[dict[str, Any]] = [
+    {},
+    {"name": "exact", "depth": 1},
+    {"name": "gate_reuse", "depth": 2, "accuracy": 0.6, "count": 1},
+    {"name": "frequent", "count": 2},
+]
+
+
+@pytest.mark.parametrize("ahead", AHEAD)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("site", SITE_CHOICES)
+def test_only_what_is_copied_enters_the_cache(
+    run: Run,
+    station: Cluster,
+    model: ModelSpec,
+    site: dict[str, Any],
+    cache: dict[str, Any],
+    ahead: dict[str, Any],
+) -> None:
+    """Bytes on the fetch stream = loads x an expert's; what is held was copied and not yet lost.
+
+    The simulated steps are played from the first on (no steps before them), so whatever a layer
+    finds in the cache must have been copied in these steps.
+    """
+    if site["name"] == "home" and not ahead:
+        with pytest.raises(InputError, match="cache with site home: nothing is ever copied"):
+            run(site=site, cache=cache)
+        return
+    ours = run(site=site, cache=cache, predictor=ahead, resident=[[5]] * LAYERS, warmup=0)
+    d, static = ours.decisions, np.arange(8) == 5
+    copied = d.fetched | d.residency.ahead
+    before = np.zeros_like(copied)
+    before[1:] = np.maximum.accumulate(copied, axis=0)[:-1]
+    assert not (d.residency.held & ~(static | before | d.residency.ahead)).any()
+    assert not (copied & static).any()
+    assert not (d.fetched & d.residency.held).any()
+    link = station.path("host", "hbm")[0]
+    copy = link.cost("copy")
+    one = copy.startup + model.bytes_per_expert / (link.bandwidth.value * copy.efficiency)
+    assert ours.busy.get("fetch", 0.0) * STEPS == pytest.approx(copied.sum() * one, rel=1e-9)
+    moved = ours.fetched_bytes_per_token * STEPS * BATCH
+    assert moved == pytest.approx(copied.sum() * model.bytes_per_expert)
+    if cache.get("scope") != "global":
+        assert (d.residency.held & ~static).sum(axis=-1).max() <= cache["slots"]
+    if (most := ahead.get("count")) is not None:
+        assert d.residency.ahead.sum(axis=-1).max() <= most
+
+
+def test_a_site_that_copies_nothing_leaves_the_cache_empty(run: Run, station: Cluster) -> None:
+    """Where a copy takes far longer than the side processor, no rule with times ever copies."""
+    slow = station.scaled(communication=1e-4)
+    for name in ("list", "list_code", "split", "one_unit", "ops_per_byte"):
+        site = {"name": name, "processor": "cpu", "threshold": 100}
+        ours = run(site=site, cache={"slots": 6}, batch=1, cluster=slow)
+        assert ours.hit_rate == 0
+        assert ours.site_shares["aside"] == 1
+        assert "fetch" not in ours.busy
+    planned = {"name": "planned", "processor": "cpu", "table": [["side"] * 8] * LAYERS}
+    with pytest.raises(InputError, match="cache with site planned: nothing is ever copied"):
+        run(site=planned, cache={"slots": 2})
+
+
+def test_a_limit_on_prefetch_keeps_the_link_free(run: Run) -> None:
+    free = run(predictor={"name": "exact"}).decisions
+    for most in (1, 2):
+        limited = run(predictor={"name": "exact", "count": most}).decisions
+        ahead = limited.residency.ahead
+        assert (ahead.sum(-1) == np.minimum(free.residency.ahead.sum(-1), most)).all()
+        assert not (ahead & ~free.residency.ahead).any()
+        assert (limited.fetched | ahead).sum() == (free.fetched | free.residency.ahead).sum()
 
 
 def test_exact_prefetch_leaves_only_the_first_layers_exposed(run: Run) -> None:
@@ -334,6 +452,7 @@ def test_a_rule_that_reckons_with_times_is_at_most_the_worse_of_both_processors(
         ({"site": {"name": "split"}}, "site split needs a processor"),
         ({"site": {"name": "planned"}}, "site planned needs a table"),
         ({"cache": {"slots": 2}, "predictor": {"name": "all"}}, "leave out the cache"),
+        ({"predictor": {"name": "all", "count": 2}}, "whole layers -- leave out count"),
         ({"resident": [[0, 0]] * 4}, "named twice"),
         ({"resident": [[0]] * 3}, "3 rows, tiny has 4 MoE layers"),
         ({"resident": [[9]] * 4}, "expert 9 -- tiny has experts 0 to 7"),

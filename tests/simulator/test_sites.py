@@ -97,7 +97,7 @@ def test_no_rule_beats_brute_force_and_its_makespan_is_that_of_its_schedule(
 def test_split_is_at_most_every_cut_of_its_list(seed: int, n: int) -> None:
     p = _random(seed, n, rows=20)
     best = assign("split", p).makespan
-    for name in ("fetch", "list_code"):
+    for name in ("fetch", "list_code", "one_unit"):
         assert (best <= assign(name, p).makespan + 1e-9).all()
     everything_aside = np.where(p.tokens > 0, Where.SIDE, Where.IDLE)
     assert (best <= makespan(p, everything_aside) + 1e-9).all()
@@ -131,6 +131,20 @@ def test_list_scheduling_is_close_to_optimal_on_average() -> None:
     assert (ratios.max(axis=0) <= 3).all()
 
 
+@settings(max_examples=80)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_one_unit_is_the_faster_of_both_processors(seed: int, n: int) -> None:
+    p = _random(seed, n, rows=20)
+    fast = assign("fetch", p)
+    aside = np.where(p.tokens > 0, Where.SIDE, Where.IDLE)
+    side_s = makespan(p, aside)
+    answer = assign("one_unit", p)
+    assert answer.makespan.tolist() == np.minimum(fast.makespan, side_s).tolist()
+    for row in range(20):
+        chosen = aside[row] if side_s[row] < fast.makespan[row] else fast.where[row]
+        assert answer.where[row].tolist() == chosen.tolist()
+
+
 def test_rules_that_know_no_times() -> None:
     p = _problem([5, 3, 0, 9], [0, 1, 1, 0], 1, 1, 1, threshold=4, aside=np.array([1, 1, 1, 0]) > 0)
     where = {name: assign(name, p).where.tolist() for name in SITES}
@@ -138,6 +152,7 @@ def test_rules_that_know_no_times() -> None:
     assert where["home"] == [side, fast, idle, side]
     assert where["fetch"] == [fetch, fast, idle, fetch]
     assert where["ops_per_byte"] == [fetch, side, idle, fetch]
+    assert where["one_unit"] == [fetch, fast, idle, fetch]  # three seconds on either
     assert where["planned"] == [side, fast, idle, fetch]
     assert assign("fetch", p).order.tolist() == [1, 0, 0, 0]
     assert assign("home", p).order.tolist() == [0, 0, 0, 1]

@@ -52,6 +52,9 @@ class Slow:
     decay: float
     resident: set[Cell]
     by_score: bool = False
+    most_ahead: int | None = None
+    elsewhere: np.ndarray | None = None
+    fetched: int = 0
     hits: int = 0
     misses: int = 0
     prefetches: int = 0
@@ -100,6 +103,10 @@ class Slow:
             if prefetched is not None:
                 ahead = {(layer, int(e)) for e in np.flatnonzero(prefetched[step, layer])}
                 new = ahead - self.resident
+                if self.most_ahead is not None:
+                    by_use = sorted(new, key=lambda cell: (-self.count[cell], cell))
+                    new = set(by_use[: self.most_ahead])
+                    ahead = (ahead & self.resident) | new
                 by_worth = sorted(new, key=lambda cell: (*self.worth(cell), cell))
                 room = self.slots - len(ahead & self.resident)
                 new = set(by_worth[max(len(by_worth) - room, 0) :])
@@ -113,9 +120,13 @@ class Slow:
             self.unused -= used
             self.time += 1  # from here on this access is past
             self.touch(step, layer, used)
-            self.resident |= used
+            copied = used - self.resident
+            if self.elsewhere is not None:
+                copied = {cell for cell in copied if not self.elsewhere[step, cell[0], cell[1]]}
+            self.fetched += len(copied)
+            self.resident |= copied
             spared = set[Cell]() if self.by_score else used
-            self.shrink(layer, spared, set(spared))
+            self.shrink(layer, spared, spared & self.resident)
         self.useless += len(self.unused)
         return self
 
@@ -132,12 +143,12 @@ class Slow:
 @given(
     seed=st.integers(0, 10**6), score=st.sampled_from(list(SCORES)), scope=st.sampled_from(SCOPES),
     slots=st.integers(0, 9), layers=st.integers(1, 3), used=st.integers(1, 5),
-    ahead=st.booleans(), warm=st.booleans(), by_score=st.booleans(),
-    decay=st.sampled_from([0.2, 0.5, 0.9]),
+    ahead=st.booleans(), warm=st.booleans(), by_score=st.booleans(), aside=st.booleans(),
+    most=st.sampled_from([None, 1, 2]), decay=st.sampled_from([0.2, 0.5, 0.9]),
 )  # fmt: skip
 def test_replay_is_the_plain_loop(
     seed: int, score: str, scope: Any, slots: int, layers: int, used: int, ahead: bool,
-    warm: bool, by_score: bool, decay: float,
+    warm: bool, by_score: bool, aside: bool, most: int | None, decay: float,
 ) -> None:  # fmt: skip
     active = random_access(seed, 20, layers, 6, used)
     scores = random_scores(seed, active)
@@ -145,14 +156,27 @@ def test_replay_is_the_plain_loop(
     start = np.zeros((layers, 6), bool)
     if warm:
         start[0, : min(slots, 3)] = True
+    elsewhere = random_access(seed + 2, 20, layers, 6, 4) if aside else None
+    seen_by_site = []
+
+    def loaded(step: int, which: slice, resident: np.ndarray) -> np.ndarray:
+        assert elsewhere is not None
+        seen_by_site.append(resident)
+        return np.asarray(~elsewhere[step, which])
+
     fast = replay(
         active, slots=slots, score=score, scope=scope, scores=scores, decay=decay,
         prefetched=prefetched, start=start, admission="score" if by_score else "always",
+        most_ahead=most, loaded=loaded if aside else None,
     )  # fmt: skip
     resident = {(0, int(e)) for e in np.flatnonzero(start[0])}
-    slow = Slow(active, slots, scope, score, scores, decay, resident, by_score)
+    slow = Slow(active, slots, scope, score, scores, decay, resident, by_score, most, elsewhere)
     slow.play(prefetched)
     assert (fast.hits, fast.misses) == (slow.hits, slow.misses)
+    assert int(fast.fetched.sum()) == slow.fetched
+    if aside:
+        assert np.array_equal(np.concatenate(seen_by_site), fast.resident.reshape(-1, 6))
+        assert not (fast.fetched & elsewhere).any()
     assert fast.prefetch_loads == slow.prefetches
     assert fast.useless_prefetches == slow.useless
     assert fast.evictions == slow.evictions
@@ -316,6 +340,23 @@ def test_slots_per_layer_are_independent_caches() -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_computed_elsewhere_does_not_come_in(scope: Any) -> None:
+    active = random_access(11, 40, 3, 6, 3)
+    none = replay(
+        active, slots=4, score="lru", scope=scope, loaded=lambda _, which, held: np.zeros_like(held)
+    )
+    assert (none.hits, none.loads, none.evictions) == (0, 0, 0)
+    assert none.misses == active.sum()
+    every = replay(
+        active, slots=4, score="lru", scope=scope, loaded=lambda _, which, held: np.ones_like(held)
+    )
+    assert np.array_equal(
+        every.resident, replay(active, slots=4, score="lru", scope=scope).resident
+    )
+    assert np.array_equal(every.fetched, every.miss)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("score", list(SCORES))
 def test_pinned_experts_are_outside(scope: Any, score: str) -> None:
     active = random_access(8, 40, 2, 6, 3)
@@ -379,6 +420,7 @@ def test_a_small_case_by_hand() -> None:
         ({"scope": "node"}, "unknown cache scope 'node' -- one of layer, global"),
         ({"slots": -1}, r"cache slots -1 \(scope layer\) -- must be a count, or one for each of 2"),
         ({"slots": 1.5}, "cache slots 1.5"),
+        ({"most_ahead": 0}, "most_ahead 0 -- must be at least 1, or none for no limit"),
         ({"slots": np.array([1, 2, 3])}, r"cache slots \[1 2 3\] .* each of 2 layers"),
         ({"slots": np.array([1, 2]), "scope": "global"}, "must be a count, from 0"),
         ({"start": np.ones((2, 6), bool)}, "start holds 6 experts, slots 2"),

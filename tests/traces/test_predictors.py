@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basis.errors import InputError
-from traces.predictors import PREDICTORS, predict
+from traces.predictors import PREDICTORS, most_used, predict
 
 
 def routed(steps: int, layers: int, experts: int, used: int, seed: int = 0) -> np.ndarray:
@@ -82,6 +82,20 @@ def test_frequent_looks_at_the_past_only(count: int, monkeypatch: pytest.MonkeyP
     changed = active.copy()
     changed[20:] = ~changed[20:]
     assert np.array_equal(predict("frequent", changed, count=count)[:21], guess[:21])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_a_limit_keeps_what_was_used_most(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traces.predictors._CHUNK_CELLS", 100)
+    active, chosen = routed(40, 3, 6, 2), routed(40, 3, 6, 3, seed=1)
+    kept = most_used(chosen, active, count)
+    for step, layer in np.ndindex(40, 3):
+        past = active[:step, layer].sum(axis=0)
+        wanted = np.flatnonzero(chosen[step, layer])
+        best = sorted(wanted, key=lambda e, past=past: (-past[e], e))[:count]
+        assert set(np.flatnonzero(kept[step, layer])) == set(best)
+    with pytest.raises(InputError, match="count 0 -- must be at least 1"):
+        most_used(chosen, active, 0)
 
 
 @pytest.mark.parametrize(
