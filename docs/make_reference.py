@@ -32,6 +32,15 @@ def scenario_page() -> str:
         "plan: {redundant_experts: 8, limits: {tpot_p99: 50 ms}}",
         "```",
         "",
+        "The workload is the tokens of a step (`decode_batch` or `prefill_tokens`), or requests",
+        "over time for `moeplan simulate`: `arrivals`, or `input_tokens` and `output_tokens` with",
+        "`rate` or `concurrency`. `moeplan plan` places experts for a step; with `layouts: all` it",
+        "chooses the parallel layout as well, for a decode batch, or for request lengths at one or",
+        "several `concurrency` (none: as many requests as fit); with `offload` it chooses which",
+        "experts stay in the fast memory of one GPU. A plan of layouts over several batch sizes",
+        "decides how many requests run: `simulate --deployment plan.json` then plays decode",
+        "steps of so many.",
+        "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
         *_rows(ScenarioFile, ""),
@@ -50,7 +59,8 @@ def command_page() -> str:
         "",
     ]
     for name, parser in commands(build_parser()):
-        lines += [f"## moeplan {name}", "", f"{parser.description}.", ""]
+        text = str(parser.description)
+        lines += [f"## moeplan {name}", "", text if text.endswith("?") else f"{text}.", ""]
         lines += ["| argument | meaning |", "|---|---|"]
         for action in parser._actions:
             if action.dest == "help":
@@ -102,7 +112,8 @@ def _type_name(field: Any) -> str:
     if options and all(isinstance(o, str) for o in options):
         return " or ".join(f"`{o}`" for o in options)
     names = [getattr(o, "__name__", str(o)) for o in options or [field.annotation]]
-    return {"Annotated": "quantity with unit"}.get(names[0], " or ".join(names))
+    words = [{"tuple": "list"}.get(name, name) for name in names]
+    return {"Annotated": "quantity with unit"}.get(names[0], " or ".join(words))
 
 
 if __name__ == "__main__":

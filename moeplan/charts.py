@@ -25,6 +25,10 @@ STAGES = {
     "dense_ffn": ("#CC79A7", "#000"),
     "combine": ("#D55E00", "#fff"),
     "head": ("#009E73", "#fff"),
+    "fetch": ("#B15928", "#fff"),
+    "transfer": ("#B2DF8A", "#000"),
+    "experts (aside)": ("#33A02C", "#fff"),
+    "tensor_parallel": ("#A6761D", "#fff"),
     "other": ("#777777", "#fff"),
     "wait": ("#E8E8E8", "#000"),
 }
@@ -33,7 +37,7 @@ Ito, told apart by colour-blind readers too)."""
 
 _DIVERGING = {"light": ("#2166ac", "#f4f4f2", "#b35806"), "dark": ("#5aa9e6", "#2b2f36", "#ffa84d")}
 _AMOUNT = {"light": ("#f1f4f9", "#6b9fd0", "#08306b"), "dark": ("#232830", "#3f7fb5", "#d6ecff")}
-_WIDTH, _LEFT, _BOTTOM, _TOP = 360.0, 34.0, 30.0, 6.0
+WIDTH, _LEFT, _BOTTOM, TOP = 360.0, 34.0, 30.0, 6.0
 _MAX_TITLED_CELLS = 8000  # hover titles double the size of the file
 
 
@@ -82,8 +86,8 @@ def load_map(
 
     cells = _cells(level, "k", height, title if titles else None)
     axes = _axes((layers, ranks), height, ("rank", "layer"), layer_ids)
-    return _svg(cells + axes + _node_lines((layers, ranks), height, ranks_per_node, rows=False),
-                layers * height, label)  # fmt: skip
+    lines = _node_lines((layers, ranks), height, ranks_per_node, rows=False)
+    return svg(cells + axes + lines, layers * height, label)
 
 
 def traffic_map(
@@ -91,7 +95,7 @@ def traffic_map(
 ) -> Markup:
     """Draw the bytes per step from each rank (row) to each rank (column); ``top`` is darkest."""
     ranks = len(traffic)
-    size = (_WIDTH - _LEFT - 4) / ranks
+    size = (WIDTH - _LEFT - 4) / ranks
     level = np.clip(np.rint(10 * traffic / (top or 1.0)), 0, 10).astype(int)
     label = f"{name}: traffic between ranks, {data_size(traffic.sum())} per step in all"
 
@@ -100,8 +104,8 @@ def traffic_map(
 
     cells = _cells(level, "t", size, title if titles else None)
     axes = _axes((ranks, ranks), size, ("to rank", "from rank"), range(ranks))
-    return _svg(cells + axes + _node_lines((ranks, ranks), size, ranks_per_node, rows=True),
-                ranks * size, label)  # fmt: skip
+    lines = _node_lines((ranks, ranks), size, ranks_per_node, rows=True)
+    return svg(cells + axes + lines, ranks * size, label)
 
 
 def certificate_chart(objective: Matrix, bound: Matrix, layer_ids: Sequence[int]) -> Markup:
@@ -114,10 +118,10 @@ def certificate_chart(objective: Matrix, bound: Matrix, layer_ids: Sequence[int]
     """
     lines = _round_values(min(1.0, float(bound.min())), float(max(objective.max(), bound.max())))
     low, high = lines[0] - 0.1 * (lines[1] - lines[0]), lines[-1]
-    height, step = 130.0, (_WIDTH - 46 - 4) / len(bound)
+    height, step = 130.0, (WIDTH - 46 - 4) / len(bound)
 
     def y(value: float) -> float:
-        return _TOP + height * (1 - (value - low) / (high - low))
+        return TOP + height * (1 - (value - low) / (high - low))
 
     marks = []
     for i, (top, base) in enumerate(zip(objective, bound, strict=True)):
@@ -131,14 +135,14 @@ def certificate_chart(objective: Matrix, bound: Matrix, layer_ids: Sequence[int]
         )
     for value in lines:
         marks.append(f'<text x="42" y="{y(value) + 3:.1f}" class="e">{value:.6g}</text>'
-                     f'<path class="grid" d="M46 {y(value):.1f}H{_WIDTH - 4:.0f}"/>')  # fmt: skip
+                     f'<path class="grid" d="M46 {y(value):.1f}H{WIDTH - 4:.0f}"/>')  # fmt: skip
     ticks = _ticks(len(bound), 12)
-    marks += [f'<text x="{46 + (i + 0.5) * step:.1f}" y="{_TOP + height + 12:.0f}" class="m">'
+    marks += [f'<text x="{46 + (i + 0.5) * step:.1f}" y="{TOP + height + 12:.0f}" class="m">'
               f"{layer_ids[i]}</text>" for i in ticks]  # fmt: skip
-    marks.append(f'<text x="{(46 + _WIDTH) / 2:.0f}" y="{_TOP + height + 25:.0f}" class="m">'
+    marks.append(f'<text x="{(46 + WIDTH) / 2:.0f}" y="{TOP + height + 25:.0f}" class="m">'
                  "layer</text>")  # fmt: skip
     worst = percent(float(((objective - bound) / objective).max()))
-    return _svg("".join(marks), height, f"Gap to the proved bound per layer, at most {worst}")
+    return svg("".join(marks), height, f"Gap to the proved bound per layer, at most {worst}")
 
 
 def with_titles(panels: Sequence[Matrix]) -> bool:
@@ -156,10 +160,10 @@ def _mix(anchors: tuple[str, str, str], steps: int) -> list[str]:
 
 def _cells(level: NDArray[np.int_], kind: str, height: float, title: object) -> str:
     rows, columns = level.shape
-    width = (_WIDTH - _LEFT - 4) / columns
+    width = (WIDTH - _LEFT - 4) / columns
     parts = []
     for r in range(rows):
-        y, h = f"{_TOP + r * height:.1f}", f"{height - 0.4:.1f}"
+        y, h = f"{TOP + r * height:.1f}", f"{height - 0.4:.1f}"
         for c in range(columns):
             inner = f"><title>{title(r, c)}</title></rect>" if callable(title) else "/>"
             parts.append(f'<rect class="{kind}{level[r, c]}" x="{_LEFT + c * width:.1f}" y="{y}" '
@@ -171,13 +175,13 @@ def _axes(
     shape: tuple[int, int], height: float, names: tuple[str, str], rows: Sequence[int]
 ) -> str:
     count, columns = shape
-    width, bottom = (_WIDTH - _LEFT - 4) / columns, _TOP + count * height
+    width, bottom = (WIDTH - _LEFT - 4) / columns, TOP + count * height
     texts = [f'<text x="{_LEFT + (c + 0.5) * width:.1f}" y="{bottom + 12:.1f}" class="m">{c}</text>'
              for c in _ticks(columns, 16)]  # fmt: skip
-    texts += [f'<text x="{_LEFT - 4:.0f}" y="{_TOP + (r + 0.5) * height + 3:.1f}" class="e">'
+    texts += [f'<text x="{_LEFT - 4:.0f}" y="{TOP + (r + 0.5) * height + 3:.1f}" class="e">'
               f"{rows[r]}</text>" for r in _ticks(count, int(count * height / 13))]  # fmt: skip
-    middle = _TOP + count * height / 2
-    texts.append(f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{bottom + 25:.1f}" class="m">'
+    middle = TOP + count * height / 2
+    texts.append(f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{bottom + 25:.1f}" class="m">'
                  f"{names[0]}</text>")  # fmt: skip
     texts.append(f'<text transform="translate(9 {middle:.0f})rotate(-90)" class="m">'
                  f"{names[1]}</text>")  # fmt: skip
@@ -207,18 +211,19 @@ def _node_lines(
     count, columns = shape
     if not ranks_per_node or ranks_per_node >= columns:
         return ""
-    width, bottom = (_WIDTH - _LEFT - 4) / columns, _TOP + count * height
+    width, bottom = (WIDTH - _LEFT - 4) / columns, TOP + count * height
     lines = []
     for c in range(ranks_per_node, columns, ranks_per_node):
-        lines.append(f"M{_LEFT + c * width - 0.2:.1f} {_TOP - 4:.0f}V{bottom + 2:.1f}")
+        lines.append(f"M{_LEFT + c * width - 0.2:.1f} {TOP - 4:.0f}V{bottom + 2:.1f}")
         if rows:
-            lines.append(f"M{_LEFT - 2:.0f} {_TOP + c * height - 0.2:.1f}H{_WIDTH - 3:.0f}")
+            lines.append(f"M{_LEFT - 2:.0f} {TOP + c * height - 0.2:.1f}H{WIDTH - 3:.0f}")
     return f'<path class="node" d="{"".join(lines)}"/>'
 
 
-def _svg(body: str, height: float, label: str) -> Markup:
-    full = height + _TOP + _BOTTOM
+def svg(body: str, height: float, label: str) -> Markup:
+    """Wrap a picture of the usual width, with room for its axes."""
+    full = height + TOP + _BOTTOM
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH:.0f} {full:.0f}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {WIDTH:.0f} {full:.0f}" role="img" aria-label="{escape(label)}">'
         f"{body}</svg>"
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from basis.errors import InfeasibleError, InputError, MoeplanError
+from moeplan.engines import ENGINES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,12 +22,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    plan = _command(commands, "plan", "place the experts of a scenario, and prove how well")
+    plan = _command(
+        commands, "plan", "place experts, choose a layout or what to offload, with a proof"
+    )
     plan.add_argument("scenario", type=Path, help="scenario YAML")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
 
-    simulate = _command(commands, "simulate", "predict one deployment of a scenario")
-    simulate.add_argument("scenario", type=Path, help="scenario YAML")
+    simulate = _command(
+        commands, "simulate", "predict one deployment of a scenario, or a published system"
+    )
+    simulate.add_argument("scenario", type=Path, help="scenario or composition YAML")
+    simulate.add_argument("--model", type=Path, metavar="FILE", help="another config.json")
+    simulate.add_argument("--trace", type=Path, metavar="FILE", help="another routing trace")
     simulate.add_argument(
         "--deployment",
         default="contiguous",
@@ -62,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", "write a plan as the file that an engine loads")
     export.add_argument("plan", type=Path, help="plan.json")
-    export.add_argument("--to", required=True, choices=("sglang", "trtllm"), dest="engine")
+    export.add_argument("--to", required=True, choices=ENGINES, dest="engine")
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     demo = _command(commands, "demo", "plan the bundled example")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basis.errors import InputError
+from moeplan.exports_layout import check_layout, layout_notes, num_lanes, places_experts
 
 ENGINES = ("sglang", "trtllm")
 
@@ -63,14 +64,19 @@ def export_notes(plan: dict[str, Any], engine: str) -> list[str]:
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r} -- known: {', '.join(ENGINES)}")
     _check(plan)
+    check_layout(plan, engine)
     if plan["dispatch"] == "shares" and _has_replicas(plan):
         raise InputError(
             f"dispatch 'shares' cannot be exported to {engine} -- engines split an expert's tokens "
             "evenly or by nearness, never by given shares -- plan again with dispatch even or "
             "nearest"
         )
+    if not places_experts(plan):
+        return layout_notes(plan, engine)
     notes = _sglang_notes(plan) if engine == "sglang" else _trtllm_notes(plan)
-    if not _has_replicas(plan):
+    notes += layout_notes(plan, engine)
+    gathers = plan["parallelism"]["experts"].get("exchange") == "all_gather"
+    if not _has_replicas(plan) or (engine == "sglang" and gathers):
         return notes
     return notes + _DISPATCH_NOTES[engine][plan["dispatch"]]
 
@@ -143,28 +149,37 @@ def _trtllm_notes(plan: dict[str, Any]) -> list[str]:
 
 def _sglang_files(plan: dict[str, Any], notes: list[str]) -> dict[str, str]:
     slots, experts = _num_slots(plan), int(plan["num_experts"])
+    flags = {"flags.txt": flags_page(_sglang_commands(plan, slots - experts), notes)}
+    if not places_experts(plan):
+        return flags
     rows = dict(zip(plan["moe_layer_ids"], plan["physical_to_logical_map"], strict=True))
     unused = [s % experts for s in range(slots)]  # layers without experts need a full row as well
     mapping = [list(rows.get(layer, unused)) for layer in range(plan["num_hidden_layers"])]
     text = "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in mapping) + "\n]"
     return {
         "expert_location.json": '{"physical_to_logical_map": ' + text + "}\n",
-        "flags.txt": _page(_sglang_commands(plan, slots - experts), notes),
+        **flags,
     }
 
 
 def _sglang_commands(plan: dict[str, Any], redundant: int) -> list[str]:
     attention, experts = plan["parallelism"]["attention"], plan["parallelism"]["experts"]
-    flags = [f"--tp-size {experts['ep'] * experts.get('tp', 1)}"]
+    world = num_lanes(plan)
+    flags = [f"--tp-size {world}"]
     if attention["dp"] > 1:
         flags.append(f"--dp-size {attention['dp']} --enable-dp-attention")
-    flags += [f"--ep-size {experts['ep']}", f"--ep-num-redundant-experts {redundant}"]
-    flags.append("--init-expert-location expert_location.json")
-    per_node = plan.get("scenario", {}).get("ranks_per_node") or experts["ep"]
-    if per_node < experts["ep"]:
-        nodes = experts["ep"] // per_node
+    if places_experts(plan):
+        flags += [f"--ep-size {experts['ep']}", f"--ep-num-redundant-experts {redundant}"]
+        flags.append("--init-expert-location expert_location.json")
+    per_node = plan.get("scenario", {}).get("ranks_per_node") or world
+    if per_node < world:
+        nodes = world // per_node
         flags.append(f"--nnodes {nodes} --node-rank NODE --dist-init-addr FIRST_NODE:PORT")
     head = "python -m sglang.launch_server --model-path MODEL \\\n  " + " \\\n  ".join(flags)
+    if not places_experts(plan):
+        return [head]
+    if experts.get("exchange") == "all_gather":
+        return [f"{head} \\\n  --moe-a2a-backend none --ep-dispatch-algorithm dynamic"]
     commands = [f"{head} \\\n  --moe-a2a-backend deepep --ep-dispatch-algorithm static"]
     if redundant and plan["dispatch"] == "even":
         commands.append(f"{head} \\\n  --moe-a2a-backend none --ep-dispatch-algorithm dynamic")
@@ -180,25 +195,27 @@ def _trtllm_files(plan: dict[str, Any], notes: list[str]) -> dict[str, str]:
         "initial_global_assignments:",
         *(f"  {layer}: {json.dumps(list(row))}" for layer, row in rows),
     ]
-    options = [
+    placed = [
         "moe_config:",
         "  backend: WIDEEP",
         "  load_balancer: ./moe_load_balancer.yaml",
+    ]
+    options = [
+        *(placed if places_experts(plan) else []),
         f"enable_attention_dp: {json.dumps(attention['dp'] > 1)}",
     ]
-    world = experts["ep"] * experts.get("tp", 1)
     command = (
-        f"trtllm-serve MODEL --tp_size {world} --ep_size {experts['ep']} \\\n"
+        f"trtllm-serve MODEL --tp_size {num_lanes(plan)} --ep_size {experts['ep']} \\\n"
         "  --extra_llm_api_options extra_llm_api_options.yaml"
     )
     return {
-        "moe_load_balancer.yaml": "\n".join(balancer) + "\n",
+        **({"moe_load_balancer.yaml": "\n".join(balancer) + "\n"} if places_experts(plan) else {}),
         "extra_llm_api_options.yaml": "\n".join(options) + "\n",
-        "flags.txt": _page([command], notes),
+        "flags.txt": flags_page([command], notes),
     }
 
 
-def _page(commands: list[str], notes: list[str]) -> str:
+def flags_page(commands: list[str], notes: list[str]) -> str:
     """Write the commands, numbered if there are several, and the notes below."""
     many = len(commands) > 1
     blocks = [f"# command {i}\n{c}" if many else c for i, c in enumerate(commands, start=1)]

@@ -5,6 +5,7 @@ traffic and memory bytes; rank loads are relative to the layer's mean rank (1 is
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from moeplan.scenario import Scenario
 from moeplan.verdict import judge
 from planner.plan import Plan
 from planner.scoring import Score
+from simulator.deployment import Deployment, Workload
 
 SCHEMA = "moeplan.plan/1"
 
 
 def to_dict(scenario: Scenario, plan: Plan, other: Plan) -> dict[str, Any]:
-    """Write a plan as the contents of plan.json.
+    """Write a placement plan as the contents of plan.json.
 
     Parameters
     ----------
@@ -32,41 +34,61 @@ def to_dict(scenario: Scenario, plan: Plan, other: Plan) -> dict[str, Any]:
     other : Plan
         The same question on the other split, for comparison.
     """
-    model = scenario.model
-    deployment = plan.deployment.model_dump(mode="json")
     return {
-        "schema": SCHEMA,
-        "moeplan_version": moeplan.__version__,
-        "scenario": _scenario(scenario),
-        "model_family": model.family,
-        "num_hidden_layers": model.num_layers,
-        "num_experts": model.num_experts,
-        "moe_layer_ids": list(model.moe_layer_ids),
-        "physical_to_logical_map": deployment["physical_to_logical_map"],
-        "dispatch": deployment["dispatch"],
-        **({"slot_share": deployment["slot_share"]} if deployment["slot_share"] else {}),
-        "parallelism": deployment["parallelism"],
-        "node_of_rank": scenario.cluster.node_of.tolist(),
-        "deployment": deployment,
+        **about(scenario, plan.deployment, scenario.step),
         "certificate": _certificate(plan),
         "second_stage": plan.refined.summary(),
         "split": plan.split,
         "chosen": plan.name,
-        "predicted": plan.predicted.summary(),
-        "baselines": {n: s.summary() for n, s in plan.baselines.items()},
+        **scored(plan.predicted, plan.baselines),
         "without_redundancy": plan.without_redundancy and plan.without_redundancy.summary(),
-        "other_split": {
-            "split": other.split,
-            "predicted": other.predicted.summary(),
-            "baselines": {n: s.summary() for n, s in other.baselines.items()},
-        },
+        "other_split": {"split": other.split, **scored(other.predicted, other.baselines)},
         "details": {n: _details(s) for n, s in {"plan": plan.predicted, **plan.baselines}.items()},
         "verdict": judge(plan, other),
         "alternatives": [vars(lost) for lost in plan.alternatives],
-        "evidence": [vars(item) for item in plan.predicted.results[0].evidence],
-        "composition": plan.predicted.results[0].composition,
+        **rests_on(plan.predicted),
         "warnings": _warnings(scenario, plan),
     }
+
+
+def about(scenario: Scenario, deployment: Deployment, step: Workload) -> dict[str, Any]:
+    """Return what every kind of plan begins with: the facts and the deployment."""
+    model, plain = scenario.model, deployment.model_dump(mode="json")
+    return {
+        "schema": SCHEMA,
+        "moeplan_version": moeplan.__version__,
+        "scenario": _scenario(scenario, step),
+        "model_family": model.family,
+        "num_hidden_layers": model.num_layers,
+        "num_experts": model.num_experts,
+        "moe_layer_ids": list(model.moe_layer_ids),
+        "physical_to_logical_map": plain["physical_to_logical_map"],
+        "dispatch": plain["dispatch"],
+        **({"slot_share": plain["slot_share"]} if plain["slot_share"] else {}),
+        "parallelism": plain["parallelism"],
+        "node_of_rank": scenario.cluster.node_of.tolist(),
+        "deployment": plain,
+    }
+
+
+def scored(predicted: Score, baselines: Mapping[str, Score]) -> dict[str, Any]:
+    """Return a plan's figures and those of its baselines, the same keys in all."""
+    return {
+        "predicted": predicted.summary(),
+        "baselines": {name: score.summary() for name, score in baselines.items()},
+    }
+
+
+def rests_on(predicted: Score) -> dict[str, Any]:
+    """Return what a prediction rests on, by kernel, and how its steps were composed."""
+    first = predicted.results[0]
+    return {"evidence": [vars(item) for item in first.evidence], "composition": first.composition}
+
+
+def mean_causes(score: Score) -> dict[str, float]:
+    """Seconds per step by cause, mean over seeds."""
+    names = score.results[0].seconds_by_cause
+    return {n: float(np.mean([r.seconds_by_cause[n] for r in score.results])) for n in names}
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -84,7 +106,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     return data
 
 
-def _scenario(scenario: Scenario) -> dict[str, Any]:
+def _scenario(scenario: Scenario, step: Workload) -> dict[str, Any]:
     model, trace, cluster, file = scenario.model, scenario.trace, scenario.cluster, scenario.file
     return {
         "name": scenario.name,
@@ -103,7 +125,7 @@ def _scenario(scenario: Scenario) -> dict[str, Any]:
             f"{'s' if cluster.num_nodes > 1 else ''}"
         ),
         "ranks_per_node": cluster.ranks_per_node,
-        "workload": {"phase": file.workload.phase, "tokens_per_step": file.workload.tokens},
+        "workload": {"phase": step.phase, "tokens_per_step": step.tokens},
         "redundant_experts": file.plan.redundant_experts,
         "objective": file.plan.objective,
     }
@@ -131,18 +153,15 @@ def _certificate(plan: Plan) -> dict[str, Any]:
 def _details(score: Score) -> dict[str, Any]:
     results = score.results
     load = np.mean([r.rank_load for r in results], axis=0)
-    causes = results[0].seconds_by_cause
     return {
-        "seconds_by_cause": {
-            c: float(np.mean([r.seconds_by_cause[c] for r in results])) for c in causes
-        },
+        "seconds_by_cause": mean_causes(score),
         "rank_load": np.round(load * load.shape[1], 5).tolist(),
         "traffic": np.mean([r.traffic for r in results], axis=0).round().tolist(),
     }
 
 
-def _warnings(scenario: Scenario, plan: Plan) -> list[str]:
-    """Say what a reader should know before believing the headline."""
+def trace_warnings(scenario: Scenario, step: Workload) -> list[str]:
+    """Say what a reader should know of the trace and the step before believing a headline."""
     said = []
     model, trace = scenario.model, scenario.trace
     if trace.meta.synthetic:
@@ -154,8 +173,13 @@ def _warnings(scenario: Scenario, plan: Plan) -> list[str]:
             f"An expert has {per_expert:.0f} tokens per layer in the part planned on: its load is "
             f"known to {error:.0%} (one standard error). Record more tokens."
         )
-    if scenario.file.workload.tokens < scenario.cluster.num_ranks:
+    if step.tokens < scenario.cluster.num_ranks:
         said.append("Fewer tokens in a step than ranks: some ranks have no attention work at all.")
+    return said
+
+
+def _warnings(scenario: Scenario, plan: Plan) -> list[str]:
+    said = trace_warnings(scenario, scenario.step)
     if plan.certificate.status == "time_limit":
         said.append("The first stage ran into its time limit; the bound holds, the gap is open.")
     return said

@@ -4,27 +4,15 @@ It reads plan.json and nothing else, so a report can be made again from the file
 those of the plan, only formatted. Pictures are inline SVG, there is no script and no network.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from basis.errors import InputError
 from moeplan import charts, figures
-from moeplan.exports import ENGINES, export_notes
-from moeplan.report_tables import NAMES, comparison, headline
+from moeplan.page import STATUS, badge, breakdown, render, split_tables
+from moeplan.report_tables import NAMES, headline
 
-_SPLITS = {
-    "early_late": ("Later requests", "planned on the first half of the requests, scored on the "
-                   "second: shows drift"),
-    "interleaved": ("Same mix", "planned on every other request, scored on the others"),
-}  # fmt: skip
-_STATUS = {
-    "optimal": "optimal: proved best",
-    "gap": "stopped within the stated gap",
-    "time_limit": "stopped at the time limit",
-}
 _NEEDED = ("scenario", "moe_layer_ids", "physical_to_logical_map", "dispatch", "parallelism",
            "certificate", "predicted", "baselines", "split", "details", "verdict")  # fmt: skip
 
@@ -50,18 +38,7 @@ def render_report(plan: dict[str, Any]) -> str:
     missing = [key for key in _NEEDED if key not in plan]
     if missing:
         raise InputError(f"the plan lacks {', '.join(missing)} -- plan again")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=figures.number, seconds=figures.seconds, size=figures.data_size,
-        percent=figures.percent, fixed=figures.fixed, count=figures.count,
-    )  # fmt: skip
-    return environment.get_template("report.html.j2").render(_view(plan))
+    return render("report.html.j2", plan, _view(plan))
 
 
 def _view(plan: dict[str, Any]) -> dict[str, Any]:
@@ -70,44 +47,17 @@ def _view(plan: dict[str, Any]) -> dict[str, Any]:
     slots, ranks = len(plan["physical_to_logical_map"][0]), int(parallelism["experts"]["ep"])
     per_node = scenario.get("ranks_per_node")
     return {
-        "css": {theme: charts.scale_css(theme) for theme in ("light", "dark")},
-        "plan": plan,
-        "scenario": scenario,
-        "verdict": plan["verdict"],
-        "badge": _badge(plan["verdict"]),
+        "badge": badge(plan["verdict"]),
         "tiles": headline(plan),
-        "splits": _splits(plan),
+        "splits": split_tables(plan),
         "load": _load_maps(plan, per_node),
         "traffic": _traffic_maps(plan, per_node),
-        "steps": _breakdown(plan),
+        "steps": breakdown(plan["details"], "seconds_by_cause"),
         "certificate": _certificate(plan),
         "second_stage": _second_stage(plan.get("second_stage")),
         "layout": {"slots": slots, "ranks": ranks, "per_rank": slots // ranks,
                    "attention": parallelism["attention"], "nodes": ranks // (per_node or ranks)},
-        "exports": _exports(plan),
-        "warnings": plan.get("warnings", []),
-        "alternatives": plan.get("alternatives", []),
-        "evidence": plan.get("evidence", []),
-        "version": plan.get("moeplan_version", ""),
     }  # fmt: skip
-
-
-def _badge(verdict: dict[str, Any]) -> tuple[str, str]:
-    """Return the style and the text of the verdict's badge."""
-    if verdict.get("tie"):
-        return "tie", "Tie"
-    return ("yes", "Worth it") if verdict.get("worth_it") else ("no", "Not worth it")
-
-
-def _splits(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    noise = float(plan["verdict"].get("noise") or 0.0)
-    parts = [plan, plan["other_split"]] if plan.get("other_split") else [plan]
-    return [
-        {"name": _SPLITS.get(part["split"], (part["split"], ""))[0],
-         "meaning": _SPLITS.get(part["split"], ("", ""))[1],
-         **comparison(part["predicted"], part["baselines"], noise)}
-        for part in parts
-    ]  # fmt: skip
 
 
 def _panels(plan: dict[str, Any], key: str) -> dict[str, charts.Matrix]:
@@ -173,25 +123,6 @@ def _across_nodes(traffic: charts.Matrix, per_node: int | None) -> str:
     return figures.percent(float(traffic[node[:, None] != node].sum()) / total)
 
 
-def _breakdown(plan: dict[str, Any]) -> dict[str, Any] | None:
-    details = plan["details"]
-    rows = {n: details[n]["seconds_by_cause"] for n in NAMES if n in details}
-    stages = charts.stage_order(rows.values())
-    if not stages:
-        return None
-    longest = max(sum(row.values()) for row in rows.values())
-    return {
-        "stages": [(stage, *charts.stage_colour(stage)) for stage in stages],
-        "rows": [
-            {"name": NAMES[name], "total": sum(row.values()),
-             "seconds": {stage: row.get(stage, 0.0) for stage in stages},
-             "parts": [(stage, row.get(stage, 0.0), 100 * row.get(stage, 0.0) / longest,
-                        *charts.stage_colour(stage)) for stage in stages]}
-            for name, row in rows.items()
-        ],
-    }  # fmt: skip
-
-
 def _certificate(plan: dict[str, Any]) -> dict[str, Any]:
     given = plan["certificate"]
     layers, chart = given.get("per_layer"), None
@@ -206,7 +137,7 @@ def _certificate(plan: dict[str, Any]) -> dict[str, Any]:
     objective = given["objective"]
     return {
         "chart": chart,
-        "status": _STATUS.get(given["status"], given["status"]),
+        "status": STATUS.get(given["status"], given["status"]),
         "mean_gap": None if not mean_bound else (objective - mean_bound) / objective,
     }
 
@@ -226,15 +157,3 @@ def _second_stage(stage: dict[str, Any] | None) -> dict[str, Any] | None:
         if key in after
     ]
     return {"order": stage.get("order", ""), "tolerance": stage.get("tolerance"), "rows": rows}
-
-
-def _exports(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    names = {"sglang": "SGLang", "trtllm": "TensorRT-LLM"}
-    result = []
-    for engine in ENGINES:
-        try:
-            notes, possible = export_notes(plan, engine), True
-        except InputError as error:
-            notes, possible = [str(error)], False
-        result.append({"key": engine, "name": names[engine], "notes": notes, "possible": possible})
-    return result

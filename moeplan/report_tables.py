@@ -4,7 +4,7 @@ A baseline's figure comes with how much better or worse it is than the plan's; w
 differ by no more than the noise, the word is "tie".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,16 @@ NAMES = {
     "contiguous": "Contiguous (default)",
     "round_robin": "Round-robin",
     "eplb": "EPLB",
+    "dp_ep": "DP = EP, experts in order",
+    "tensor_parallel": "tensor parallelism",
+    "first_layers": "First layers at home (--n-cpu-moe)",
+    "uniform": "Uniform (--kt-num-gpu-experts)",
+    "most_frequent": "Most frequent (ktransformers)",
+    "lru_on_demand": "LRU cache, misses fetched",
+    "all_aside": "All at home",
+    "all_fetched": "All fetched",
 }
-"""Placements by their key in plan.json, in the order of the table's columns."""
+"""Plan and baselines by their key in plan.json, in the order of the tables' columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +36,8 @@ class Metric:
     hint: str
     write: Callable[[float | None], str]
     higher_is_better: bool = False
+    neutral: bool = False
+    """Neither more nor less is better: no comparison."""
 
 
 METRICS = (
@@ -48,7 +58,10 @@ METRICS = (
 
 
 def comparison(
-    predicted: dict[str, Any], baselines: dict[str, dict[str, Any]], noise: float
+    predicted: dict[str, Any],
+    baselines: dict[str, dict[str, Any]],
+    noise: float,
+    metrics: Sequence[Metric] = METRICS,
 ) -> dict[str, Any]:
     """Return columns and rows of the comparison table, as text.
 
@@ -58,10 +71,12 @@ def comparison(
         Figures by key; of the plan, and of each baseline.
     noise : float
         Relative difference up to which two figures are a tie.
+    metrics : sequence of Metric
+        Rows, of which those without any figure are left out.
     """
     columns = {"plan": predicted} | {n: baselines[n] for n in NAMES if n in baselines}
     rows = []
-    for metric in METRICS:
+    for metric in metrics:
         if not any(figure.get(metric.key) for figure in columns.values()):
             continue  # not given, or no nodes to cross
         cells = [_cell(metric, name, figure, predicted, noise) for name, figure in columns.items()]
@@ -88,7 +103,7 @@ def _against(
 ) -> tuple[str, str]:
     """Say how a baseline's figure compares with the plan's: the words, and their style."""
     own = plan.get(metric.key)
-    if value is None or own is None:
+    if value is None or own is None or metric.neutral:
         return "", ""
     if value == own:
         return "same", "tie"

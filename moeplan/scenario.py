@@ -12,9 +12,11 @@ from pydantic import Field
 from basis.errors import InputError
 from basis.schema import Strict, load
 from hwmodels.cluster import Cluster, load_cluster
+from moeplan.workload import ScenarioWorkload
 from planner.options import PlanOptions
 from simulator.deployment import Workload
 from simulator.placement import check_slots
+from simulator.serving import ServingOptions
 from traces.model_spec import ModelSpec, load_model
 from traces.routing_trace import RoutingTrace, check_against_model, read_trace
 
@@ -30,8 +32,10 @@ class ScenarioFile(Strict):
     """Catalog name, such as hgx-h100-8, or path of a cluster YAML."""
     gpus: int | None = Field(default=None, ge=1)
     """Use the first N GPUs of the cluster; all of them without it."""
-    workload: Workload
-    """Tokens in a step."""
+    workload: ScenarioWorkload
+    """Tokens in a step, or requests."""
+    serving: ServingOptions = ServingOptions()
+    """How requests are scheduled; for workloads of requests."""
     plan: PlanOptions = PlanOptions()
     """What to plan."""
 
@@ -48,13 +52,26 @@ class Scenario:
     cluster: Cluster
 
     @property
-    def num_slots(self) -> int:
-        """Slots per MoE layer over all ranks."""
-        return self.model.num_experts + self.file.plan.redundant_experts
+    def step(self) -> Workload:
+        """Tokens of a step.
+
+        Raises
+        ------
+        InputError
+            If the workload is one of requests.
+        """
+        step = self.file.workload.step
+        if step is None:
+            raise InputError(
+                f"{self.name}: this question needs the tokens of a step -- give workload "
+                "decode_batch or prefill_tokens (requests: moeplan simulate, or a plan with "
+                "layouts: all)"
+            )
+        return step
 
 
-def open_scenario(path: Path) -> Scenario:
-    """Read a scenario and its facts.
+def open_scenario(path: Path, *, model: Path | None = None, trace: Path | None = None) -> Scenario:
+    """Read a scenario and its facts; ``model`` and ``trace`` replace those that it names.
 
     Raises
     ------
@@ -62,26 +79,38 @@ def open_scenario(path: Path) -> Scenario:
         If a file is missing or bad, or the facts disagree.
     """
     file = load(path, ScenarioFile)
-    model = load_model(_resolve(path.parent, file.model, "model"))
-    trace = read_trace(_resolve(path.parent, file.trace, "trace"))
-    check_against_model(trace, model)
+    geometry = load_model(model or resolve(path.parent, file.model, "model"))
+    routing = read_trace(trace or resolve(path.parent, file.trace, "trace"))
+    check_against_model(routing, geometry)
     cluster = open_cluster(file.cluster, path.parent, file.gpus)
-    check_slots(
-        model.num_experts + file.plan.redundant_experts, model.num_experts, cluster.num_ranks
-    )
+    if file.plan.layouts == "dp_ep":  # other layouts have slots of their own
+        slots = geometry.num_experts + file.plan.redundant_experts
+        check_slots(slots, geometry.num_experts, cluster.num_ranks)
     return Scenario(
-        name=path.stem, file=file, folder=path.parent, model=model, trace=trace, cluster=cluster
+        name=path.stem,
+        file=file,
+        folder=path.parent,
+        model=geometry,
+        trace=routing,
+        cluster=cluster,
     )
 
 
 def open_cluster(name: str, folder: Path, gpus: int | None = None) -> Cluster:
     """Load a cluster by catalog name, or by a path relative to ``folder``."""
     if "/" in name or name.endswith((".yaml", ".yml")):
-        return load_cluster(_resolve(folder, name, "cluster"), gpus=gpus)
+        return load_cluster(resolve(folder, name, "cluster"), gpus=gpus)
     return load_cluster(name, gpus=gpus)
 
 
-def _resolve(folder: Path, text: str, key: str) -> Path:
+def resolve(folder: Path, text: str, key: str) -> Path:
+    """Return the path of a file that a scenario names.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
     path = folder / text
     if not path.is_file():
         raise InputError(

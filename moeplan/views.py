@@ -20,8 +20,22 @@ from simulator.result import Result
 from traces.routing_trace import RoutingTrace
 
 
-def show_plan(screen: Console, plan: Mapping[str, Any], out: Path) -> None:
+def show_plan(
+    screen: Console, plan: Mapping[str, Any], out: Path, refused: Mapping[str, str]
+) -> None:
     """Print the answer, the comparison and where the report lies."""
+    show_facts(screen, plan)
+    screen.print(_plan_table(plan))
+    proof = plan["certificate"]
+    screen.print(
+        f"proof    busiest-rank load {proof['objective']:,.0f} tokens, no placement is below "
+        f"{proof['bound']:,.0f}: gap {proof['gap']:.2%} ({proof['status']})"
+    )
+    show_end(screen, plan, out, refused)
+
+
+def show_facts(screen: Console, plan: Mapping[str, Any]) -> None:
+    """Print the answer and what it is about, for every kind of plan."""
     facts = plan["scenario"]
     screen.print(f"\n[bold]{plan['verdict']['answer']}[/bold]\n")
     screen.print(f"model    {facts['model']}: {facts['model_summary']}")
@@ -29,16 +43,19 @@ def show_plan(screen: Console, plan: Mapping[str, Any], out: Path) -> None:
     if facts["trace_note"]:
         screen.print(f"         {facts['trace_note']}")
     screen.print(f"cluster  {facts['cluster']}: {facts['cluster_summary']}")
-    screen.print(_plan_table(plan))
-    proof = plan["certificate"]
-    screen.print(
-        f"proof    busiest-rank load {proof['objective']:,.0f} tokens, no placement is below "
-        f"{proof['bound']:,.0f}: gap {proof['gap']:.2%} ({proof['status']})"
-    )
+
+
+def show_end(
+    screen: Console, plan: Mapping[str, Any], out: Path, refused: Mapping[str, str]
+) -> None:
+    """Print the warnings, where the files lie, and which engines cannot run the plan."""
     for warning in plan["warnings"]:
         screen.print(f"warning  {warning}")
+    for reason in refused.values():
+        screen.print(f"export   {reason}")
     screen.print(f"report   {out / 'report.html'}")
-    screen.print(f"plan     {out / 'plan.json'}, engine files in {out / 'export'}")
+    files = f", engine files in {out / 'export'}" if (out / "export").is_dir() else ""
+    screen.print(f"plan     {out / 'plan.json'}{files}")
 
 
 def _plan_table(plan: Mapping[str, Any]) -> Table:
@@ -129,7 +146,7 @@ def show_comparison(
     screen: Console, scenario: Scenario, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]
 ) -> None:
     """Print the clusters side by side."""
-    screen.print(f"{scenario.model.name}, {scenario.file.workload.tokens} tokens per step")
+    screen.print(f"{scenario.model.name}, {scenario.step.tokens} tokens per step")
     screen.print(comparison_table(list(rows)))
     for file in files:
         screen.print(f"wrote {file}")

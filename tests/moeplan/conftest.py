@@ -251,13 +251,13 @@ def tiny_trace() -> RoutingTrace:
     return synthetic_trace(shares, tokens=1200, requests=30, top_k=2, seed=4)
 
 
-@pytest.fixture
-def scenario(tmp_path: Path, tiny_trace: RoutingTrace) -> Callable[..., Path]:
-    """Return a writer of a small scenario in a folder of its own; keywords replace its keys."""
+@pytest.fixture(scope="session")
+def write_scenario(tiny_trace: RoutingTrace) -> Callable[..., Path]:
+    """Return a writer of a small scenario into a folder; keywords replace its keys."""
 
-    def write(**changes: Any) -> Path:
-        (tmp_path / "tiny.json").write_text(json.dumps(GEOMETRY))
-        write_trace(tiny_trace, tmp_path / "tiny.parquet")
+    def write(folder: Path, **changes: Any) -> Path:
+        (folder / "tiny.json").write_text(json.dumps(GEOMETRY))
+        write_trace(tiny_trace, folder / "tiny.parquet")
         content = {
             "model": "tiny.json",
             "trace": "tiny.parquet",
@@ -266,8 +266,14 @@ def scenario(tmp_path: Path, tiny_trace: RoutingTrace) -> Callable[..., Path]:
             "workload": {"decode_batch": 32},
             "plan": {"redundant_experts": 4, "steps": 2, "seeds": 2, "time_limit": "5 s"},
         }
-        path = tmp_path / "scenario.yaml"
+        path = folder / "scenario.yaml"
         path.write_text(yaml.safe_dump({**content, **changes}))
         return path
 
     return write
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, write_scenario: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a writer of a small scenario in a folder of its own; keywords replace its keys."""
+    return lambda **changes: write_scenario(tmp_path, **changes)

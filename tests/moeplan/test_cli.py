@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 
 OPTIONS = {
     "plan": {"--json", "scenario", "--out"},
-    "simulate": {"--json", "scenario", "--deployment", "--out"},
+    "simulate": {"--json", "scenario", "--deployment", "--model", "--trace", "--out"},
     "compare": {"--json", "scenario", "--clusters", "--out"},
     "trace stats": {"--json", "trace"},
     "trace convert": {"--json", "source", "target"},
