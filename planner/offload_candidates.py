@@ -136,8 +136,8 @@ class Menu:
 
         Misses are fetched, or, where a processor stands at home, as the split rule says.
         """
-        if self.slots < self.facts.model.num_moe_layers:
-            return {}
+        if not self.facts.model.num_moe_layers <= self.slots < self.sample.counts[0].size:
+            return {}  # less than a slot for each layer, or nothing that could be missed
         score: CacheScore = "lru" if self.seen.weights is None else "weight_ema"
         found = {f"{score}_{s:.0%}": self._cached(s, score, "fetch") for s in _FETCHED_SHARES}
         if self.facts.processor is not None:

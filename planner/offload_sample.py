@@ -74,19 +74,32 @@ class OffloadFacts:
         return Deployment.of(place).model_copy(update={"offload": offload})
 
     def simulate(
-        self, trace: RoutingTrace, deployment: Deployment, *, steps: int, seed: int
+        self, trace: RoutingTrace, deployment: Deployment, *, steps: int, seed: int, warmup: int = 0
     ) -> OffloadResult:
-        """Simulate a deployment of these facts."""
+        """Simulate a deployment of these facts, after ``warmup`` steps that fill a cache."""
         return simulate_offload(
-            self.model, trace, self.cluster, deployment, self.workload, steps=steps, seed=seed
+            self.model,
+            trace,
+            self.cluster,
+            deployment,
+            self.workload,
+            steps=steps,
+            seed=seed,
+            warmup=warmup,
         )
 
     def score(self, trace: RoutingTrace, deployment: Deployment) -> Score:
-        """Simulate once per seed; the same seeds compose the same steps for every deployment."""
+        """Simulate once per seed.
+
+        The same seeds compose the same steps for every deployment: all of them skip the steps
+        that a cache needs to fill, so that differences are not those of the steps.
+        """
         o = self.options
-        seeds = range(o.seed, o.seed + o.seeds)
         return Score(
-            results=tuple(self.simulate(trace, deployment, steps=o.steps, seed=s) for s in seeds)
+            results=tuple(
+                self.simulate(trace, deployment, steps=o.steps, seed=seed, warmup=o.steps)
+                for seed in range(o.seed, o.seed + o.seeds)
+            )
         )
 
 

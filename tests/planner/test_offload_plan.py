@@ -11,7 +11,7 @@ from planner.offload_options import OffloadOptions
 from planner.offload_plan import OffloadPlan, make_offload_plan
 from planner.offload_sample import OffloadFacts, sample_steps
 from simulator.deployment import Deployment, Workload
-from simulator.offload import Offload, Site, SiteChoice
+from simulator.offload import Cache, Offload, Site, SiteChoice
 from traces.model_spec import Attention, ModelSpec
 from traces.splits import split_requests
 from traces.synth import synthetic_trace, zipf_shares
@@ -234,6 +234,15 @@ def test_candidates_that_a_memory_does_not_hold_lose_with_the_reason(
     lost = {its.name: its.why for its in plan.alternatives}
     assert lost["too_large"] == "does not fit: memory host 2 B -- at most 1 B"
     assert "too_large" not in plan.planned_on
+
+
+def test_every_deployment_is_scored_on_the_same_steps() -> None:
+    facts = _facts(batch=3)
+    cached = Offload(cache=Cache(slots=2), site=Site(name="fetch"))
+    static = Offload(resident=((0,), (1,), (2,), (3,)), site=Site(name="fetch"))
+    scores = [facts.score(TRACE, facts.deploy(offload)) for offload in (cached, static)]
+    for one, other in zip(*(score.results for score in scores), strict=True):
+        np.testing.assert_array_equal(one.loads.per_slot, other.loads.per_slot)
 
 
 @pytest.mark.parametrize("memory", [0.5 * ONE, 1e12])
