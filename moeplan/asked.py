@@ -66,6 +66,8 @@ class Steps:
     count: int
     """Steps."""
     seed: int
+    warmup: int | None = None
+    """Steps before them that only fill caches; None = as the deployment needs."""
 
 
 def steps_of(scenario: Scenario, deployment: str) -> Steps | None:
@@ -84,7 +86,7 @@ def steps_of(scenario: Scenario, deployment: str) -> Steps | None:
     wanted = scenario.file.plan
     if wanted.offload is not None:
         count, seed = wanted.offload.steps, wanted.offload.seed
-        return Steps(part=part, workload=workload, count=count, seed=seed)
+        return Steps(part=part, workload=workload, count=count, seed=seed, warmup=count)
     if wanted.layouts == "all":
         wanted = effort(wanted, scenario.model, scenario.cluster.num_ranks, workload.tokens)
     return Steps(part=part, workload=workload, count=wanted.steps, seed=wanted.seed)

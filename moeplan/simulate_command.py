@@ -16,6 +16,9 @@ from moeplan.composition_file import is_composition, read_composition
 from moeplan.composition_view import show_composition
 from moeplan.scenario import Scenario, open_scenario
 from moeplan.serving_view import show_serving
+from simulator.deployment import Deployment
+from simulator.offload_simulate import simulate_offload
+from simulator.result import Result
 from simulator.serving import serve
 from simulator.simulate import simulate as run_simulation
 from traces.splits import split_requests
@@ -39,21 +42,20 @@ def _steps(scenario: Scenario, asked: Steps, options: argparse.Namespace) -> dic
     deployment = deployment_of(options.deployment, facts_of(scenario), seen)
     with console.progress(screen) as tell:
         tell(f"simulate {options.deployment}")
-        result = run_simulation(
-            scenario.model,
-            asked.part,
-            scenario.cluster,
-            deployment,
-            asked.workload,
-            steps=asked.count,
-            seed=asked.seed,
-        )
+        result = _run(scenario, asked, deployment)
     answer = {"deployment": options.deployment, **result.to_dict()}
     if options.out:
         write_json(options.out / "result.json", answer)
         write_json(options.out / "timeline.json", result.timeline)
     views.show_result(screen, scenario, options.deployment, result, options.out)
     return answer
+
+
+def _run(scenario: Scenario, asked: Steps, deployment: Deployment) -> Result:
+    facts = (scenario.model, asked.part, scenario.cluster, deployment, asked.workload)
+    if deployment.offload is None:
+        return run_simulation(*facts, steps=asked.count, seed=asked.seed)
+    return simulate_offload(*facts, steps=asked.count, seed=asked.seed, warmup=asked.warmup)
 
 
 def _requests(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
