@@ -197,7 +197,7 @@ def _average(touched: _Touched) -> Pair:
     terms = np.log((1 - touched.decay) * touched.weight) - time * np.log(touched.decay)
     terms = terms[touched.order]
     starts = np.flatnonzero(touched.first)
-    for start, stop in zip(starts, [*starts[1:], len(terms)], strict=True):
+    for start, stop in zip(starts, np.append(starts, len(terms))[1:], strict=True):
         np.logaddexp.accumulate(terms[start:stop], out=terms[start:stop])
     after = np.empty_like(terms)
     after[touched.order] = terms

@@ -536,3 +536,11 @@ def test_gpt_oss_hit_rates(moeplan_data: Path) -> None:
     assert min(rates.values()) > 8 / 32  # better than eight fixed experts under uniform routing
     with pytest.raises(InputError, match="2k = 8 best candidates"):
         needs("mrs", trace)
+
+
+@pytest.mark.parametrize("score", ["lru", "lfu", "belady", "weight_ema"])
+def test_a_sequence_without_accesses_loads_nothing(score: str) -> None:
+    nothing = np.zeros((3, 2, 4), dtype=np.bool_)
+    scores = np.zeros((3, 2, 4)) if score == "weight_ema" else None
+    played = replay(nothing, slots=2, score=score, scores=scores)
+    assert (played.hits, played.misses, played.loads, played.evictions) == (0, 0, 0, 0)
