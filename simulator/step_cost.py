@@ -8,7 +8,7 @@ between two collectives the slowest rank's sum, plus the collectives. Anything e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -49,18 +49,6 @@ class StepCost(Protocol):
         not depend on the others.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConstantStepCost:
-    """Every step takes the same time; for closed forms."""
-
-    step: float
-    """Seconds."""
-
-    def seconds(self, steps: Sequence[ServingStep]) -> Floats:
-        """Return ``step`` for each."""
-        return np.full(len(steps), self.step)
 
 
 class ClusterStepCost:

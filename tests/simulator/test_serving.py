@@ -15,7 +15,6 @@ from simulator.deployment import Deployment
 from simulator.placement import Placement
 from simulator.serving import ClosedLoop, Served, ServingOptions, Slo, run, serve
 from simulator.serving_scheduler import Scheduler, ServingStep
-from simulator.step_cost import ConstantStepCost
 from traces import ModelSpec, RoutingTrace
 from traces.arrivals import Arrivals, Lengths, poisson
 
@@ -60,7 +59,7 @@ def _arrivals(seconds: Sequence[float], inputs: int = 1, outputs: int = 1) -> Ar
 def _one_server(arrivals: Arrivals, service: float) -> Served:
     """One request at a time, each one step long."""
     rules = _scheduler(arrivals, max_batch_tokens=1, max_running=1)
-    return run(arrivals, rules, ConstantStepCost(step=service))
+    return run(arrivals, rules, _PerToken(fixed=service, token=0.0))
 
 
 def _lindley(arrival: Floats, service: float) -> Floats:
@@ -122,7 +121,8 @@ def test_a_closed_loop_has_a_closed_form(users: int, outputs: int, inputs: int) 
     """With steps of t seconds a request takes ``outputs`` of them, and users never wait."""
     loop = ClosedLoop(concurrency=users, requests=40, lengths=Lengths.fixed(inputs, outputs))
     arrivals, step = loop.arrivals(seed=0), 0.125
-    served = run(arrivals, _scheduler(arrivals, concurrency=users), ConstantStepCost(step=step))
+    steady = _PerToken(fixed=step, token=0.0)
+    served = run(arrivals, _scheduler(arrivals, concurrency=users), steady)
     requests = served.requests
     np.testing.assert_allclose(requests.ttft, step)
     np.testing.assert_allclose(requests.latency, outputs * step)
@@ -283,7 +283,7 @@ def test_bad_input(small: Small) -> None:
         serve(*small, loop, ServingOptions(max_batch_tokens=50, max_running=99))
     arrivals = _arrivals([0.0, 1.0])
     with pytest.raises(InputError, match="1 arrivals for a scheduler of 2"):
-        run(arrivals.first(1), _scheduler(arrivals), ConstantStepCost(step=1.0))
+        run(arrivals.first(1), _scheduler(arrivals), _PerToken(fixed=1.0, token=0.0))
     huge = ClosedLoop(concurrency=1, requests=1, lengths=Lengths.fixed(10**9, 2))
     with pytest.raises(InfeasibleError, match="request 0 of 1000000000 input"):
         serve(*small, huge)
