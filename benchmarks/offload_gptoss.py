@@ -26,7 +26,7 @@ from traces.splits import Split, split_requests
 from traces.synth import synthetic_trace, zipf_shares
 
 SPLITS: tuple[Split, ...] = ("early_late", "interleaved")
-WORKSTATION = ("workstation-rtx4090", "host", (2, 4, 6, 8), (1,))
+WORKSTATION = ("workstation-rtx4090", "host", (2, 4, 6, 8), (1, 8))
 NEAR_DATA = ("gpu-cxl-ndp", "cxl", (2, 8), (1,))
 TIME_LIMIT = "20 s"
 HIT_TOKENS = 20_000
