@@ -31,6 +31,8 @@ DTYPES: dict[str, DType] = {
         DType(name="fp8_block", bits=8 + 32 / (128 * 128), compute="fp8"),
         # OCP microscaling: 4-bit elements, one 8-bit scale per 32; engines multiply in bf16 or fp8
         DType(name="mxfp4", bits=4 + 8 / 32, compute="bf16"),
+        # the same weights with activations quantised to microscaled fp8 (w4a8)
+        DType(name="mxfp4_mxfp8", bits=4 + 8 / 32, compute="fp8"),
         # 4-bit elements, one fp8 scale per 16
         DType(name="nvfp4", bits=4 + 8 / 16, compute="fp4"),
         DType(name="int8", bits=8, compute="int8"),

@@ -7,10 +7,11 @@ at once, each with its path in the file and its value.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from basis.errors import InputError
 
@@ -70,28 +71,55 @@ def load(path: Path, model: type[T]) -> T:
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
-    path = ".".join(str(p) for p in error["loc"]) or "(top)"
+    fields, steps = _fields_at(model, error["loc"])
+    path = ".".join(str(p) for p in steps) or "(top)"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = _fields_at(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(fields))}"
         return f"{path}: unknown key -- {hint}"
     if error["type"] == "missing":
         return f"{path}: missing -- this key is required"
+    if error["type"] == "union_tag_invalid":
+        return f"{path}: no kind {error['ctx']['tag']!r} -- known: {error['ctx']['expected_tags']}"
     if "value_error" in error["type"]:
         return f"{path}: {message}"
     return f"{path}: {message} (got {error['input']!r})"
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys of the (nested) model that ``path`` leads to."""
-    for step in path:
-        if isinstance(step, str) and step in model.model_fields:
-            inner = _models_in(model.model_fields[step].annotation)
-            if len(inner) == 1:
-                model = inner[0]
-    return list(model.model_fields)
+def _fields_at(
+    model: type[BaseModel], path: tuple[int | str, ...]
+) -> tuple[list[str], list[int | str]]:
+    """Return the valid keys beside the last step of ``path``, and the path as the file has it.
+
+    Where one of several models may stand, pydantic puts the kind that was chosen into the path.
+    """
+    choices: list[type[BaseModel]] = []
+    steps: list[int | str] = []
+    keys = 0  # steps into the mappings and lists of a field, before the model that it holds
+    for step in path[:-1]:
+        if keys:
+            keys -= 1
+        elif isinstance(step, str) and step in model.model_fields:
+            annotation = model.model_fields[step].annotation
+            choices, keys = _models_in(annotation), _depth(annotation)
+            if len(choices) == 1:
+                model = choices[0]
+        elif kind := [m for m in choices if any(f.default == step for f in _fields(m))]:
+            model, choices = kind[0], []
+            continue
+        steps.append(step)
+    return list(model.model_fields), [*steps, *path[-1:]]
+
+
+def _fields(model: type[BaseModel]) -> list[FieldInfo]:
+    return list(model.model_fields.values())
+
+
+def _depth(annotation: Any) -> int:
+    """Count the mappings and lists around what an annotation holds."""
+    inner = max((_depth(part) for part in get_args(annotation)), default=0)
+    return inner + (get_origin(annotation) in (dict, list, tuple))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

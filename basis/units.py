@@ -1,4 +1,4 @@
-"""Quantities with their unit in the text, held in SI: bytes, seconds, FLOP/s, watts.
+"""Quantities with their unit in the text, held in SI: bytes, seconds, FLOP/s, watts, joules.
 
 ``3.35 TB/s`` is 3.35e12 bytes per second; ``80 GiB`` is 80 * 2**30 bytes. Decimal and
 binary prefixes are both accepted and never mixed up; a bare ``Gb/s`` is refused,
@@ -27,6 +27,8 @@ _UNITS: dict[str, dict[str, float]] = {
     "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
     "watts": {"W": 1.0, "kW": 1e3, "MW": 1e6},
     "hertz": {f"{p}Hz": f for p, f in _DECIMAL.items()},
+    "US dollars per hour": {"USD/h": 1.0},
+    "joules": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9, "pJ": 1e-12, "fJ": 1e-15},
 }
 _EXAMPLE = {
     "bytes": "80 GB or 80 GiB",
@@ -35,6 +37,8 @@ _EXAMPLE = {
     "seconds": "2.5 us",
     "watts": "700 W",
     "hertz": "1.98 GHz",
+    "US dollars per hour": "2.99 USD/h",
+    "joules": "0.9 nJ",
 }
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\s\d].*?)?\s*")
 
@@ -90,6 +94,8 @@ FlopPerSecond = Annotated[float, _reader("FLOP per second", positive=True)]
 Seconds = Annotated[float, _reader("seconds", positive=False)]
 Watts = Annotated[float, _reader("watts", positive=True)]
 Hertz = Annotated[float, _reader("hertz", positive=True)]
+Joules = Annotated[float, _reader("joules", positive=False)]
+DollarsPerHour = Annotated[float, _reader("US dollars per hour", positive=True)]
 
 
 def format_quantity(value: float, unit: str, digits: int = 3) -> str:

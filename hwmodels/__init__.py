@@ -1,7 +1,15 @@
 """What hardware can do: operations as columns, devices and clusters as YAML, prices in seconds."""
 
 from hwmodels.check import Finding, check_cluster, check_device
-from hwmodels.cluster import catalog_names, check_catalog, load_cluster, load_device
+from hwmodels.cluster import (
+    catalog_names,
+    check_catalog,
+    check_hardware,
+    load_cluster,
+    load_device,
+    load_hardware,
+    load_memory,
+)
 from hwmodels.cost import Price, price
 from hwmodels.device import Device, Memory, Processor
 from hwmodels.figures import Figure, KernelCost, TransferCost
@@ -54,7 +62,10 @@ __all__ = [
     "check_catalog",
     "check_cluster",
     "check_device",
+    "check_hardware",
     "load_cluster",
     "load_device",
+    "load_hardware",
+    "load_memory",
     "price",
 ]

@@ -9,10 +9,10 @@ import sys
 from pydantic import BaseModel
 
 from basis import format_quantity
-from hwmodels.cluster import catalog_names, load_cluster, load_device
+from hwmodels.cluster import catalog_names, load_cluster, load_device, load_memory
 from hwmodels.device import DEFAULT_KERNELS, Device, Memory, Processor
-from hwmodels.figures import Figure, HeldOut, KernelCost, TransferCost
-from hwmodels.link import Link
+from hwmodels.figures import CostModel, Figure, HeldOut, KernelCost, TransferCost
+from hwmodels.link import FULL_LANES, ONE_WAY_RATE, RATE_SOURCE, Link
 from hwmodels.topology import Cluster, Node
 
 _HEAD = """\
@@ -49,10 +49,19 @@ def render() -> str:
     parts = [
         _HEAD,
         "## Devices\n",
+        "Units: streaming multiprocessors, compute units or cores. Cache: the last level. USD/h: "
+        "rent of one\ndevice with its share of the host, at the date of its source.\n",
         _device_table(devices),
+        "## Memory parts\n",
+        "`node.memories` may name one of these instead of describing it.\n",
+        _part_table(names["memories"]),
+        "## Links\n",
+        "What a full port of each standard carries one way; fewer lanes carry proportionally "
+        "less.\n",
+        _standard_table(),
         "## Memories of a node\n",
-        "Figures are the share of one device. A second processor of a device and those of a node "
-        "follow.\n",
+        "Figures are the share of one device. NUMA: domains that share the channels. A second "
+        "processor of a\ndevice and those of a node follow.\n",
         _memory_table(clusters),
         "## Processors beside the first of a device\n",
         "*Reads*: what it draws from its memory, the memory's own bandwidth unless the file says "
@@ -91,25 +100,62 @@ def _figure(figure: Figure[float] | None, unit: str) -> str:
 
 
 def _device_table(devices: list[Device]) -> str:
-    head = ["name", "product", *_FORMATS, "memory", "bandwidth", "power"]
+    head = ["name", "product", *_FORMATS, "units", "cache", "memory", "bandwidth", "power", "USD/h"]
     rows = []
     for device in devices:
         flops = [_figure(device.processor.flops.get(f), "FLOP/s") for f in _FORMATS]  # type: ignore[call-overload]
+        units, cache = device.processor.compute_units, device.processor.cache
         memory = f"{device.memory.capacity.value / 2**30:.1f} GiB {device.memory.kind}"
-        bandwidth = _figure(device.memory.bandwidth, "B/s")
-        power = _figure(device.power, "W")
-        rows.append([f"`{device.name}`", device.title, *flops, memory, bandwidth, power])
+        parts = [
+            "-" if units is None else str(units.value),
+            "-" if cache is None else f"{cache.value / 2**20:.4g} MiB",
+            memory,
+            _figure(device.memory.bandwidth, "B/s"),
+            _figure(device.power, "W"),
+            "-" if device.price is None else f"{device.price.value:.2f}",
+        ]
+        rows.append([f"`{device.name}`", device.title, *flops, *parts])
     return _table(head, rows)
 
 
-def _interval(cost: KernelCost | TransferCost) -> list[str]:
+def _part_table(names: list[str]) -> str:
+    head = ["name", "kind", "capacity", "bandwidth", "source"]
+    rows = []
+    for name in names:
+        part = load_memory(name)
+        size = f"{part.capacity.value / 2**30:.0f} GiB"
+        rate = _figure(part.bandwidth, "B/s")
+        rows.append([f"`{name}`", part.kind, size, rate, part.bandwidth.source])
+    return _table(head, rows)
+
+
+def _standard_table() -> str:
+    rows = [
+        [
+            f"`{name}`",
+            format_quantity(rate, "B/s", 4),
+            str(FULL_LANES.get(name, "-")),
+            RATE_SOURCE[name],
+        ]
+        for name, rate in ONE_WAY_RATE.items()
+    ]
+    return _table(["standard", "one way", "lanes or links", "source"], rows)
+
+
+def _interval(cost: CostModel) -> list[str]:
     held = cost.held_out
     errors = "-" if held is None else f"{held.median:.1%} / {held.mean:.1%} of {held.rows}"
     return [f"{cost.low:.2f} - {cost.high:.2f}", cost.evidence, errors]
 
 
+def _memories(cluster: Cluster) -> dict[str, Memory]:
+    """Memories of the node, and the channels of a device that is a CPU socket."""
+    home = {n: m for n, m in cluster.device.memories.items() if n == "host"}
+    return home | cluster.node.memories
+
+
 def _memory_table(clusters: list[Cluster]) -> str:
-    head = ["cluster", "memory", "kind", "capacity", "bandwidth"]
+    head = ["cluster", "memory", "kind", "capacity", "bandwidth", "NUMA"]
     rows = [
         [
             f"`{cluster.name}`",
@@ -117,9 +163,10 @@ def _memory_table(clusters: list[Cluster]) -> str:
             memory.kind,
             f"{memory.capacity.value / 2**30:.0f} GiB",
             _figure(memory.bandwidth, "B/s"),
+            str(memory.numa or "-"),
         ]
         for cluster in clusters
-        for name, memory in cluster.node.memories.items()
+        for name, memory in _memories(cluster).items()
     ]
     return _table(head, rows)
 
@@ -183,7 +230,7 @@ def _kernel_table(title: str, processor: Processor) -> str:
         ]
         for kernel, by_dtype in processor.kernels.items()
         for dtype, cost in by_dtype.items()
-        if by_dtype is not DEFAULT_KERNELS[kernel]
+        if isinstance(cost, KernelCost) and by_dtype is not DEFAULT_KERNELS.get(kernel)
     ]
     return f"### {title}\n\n" + _table([*head, "interval", "evidence", "held out"], rows)
 
@@ -196,7 +243,7 @@ def _links(cluster: Cluster) -> dict[str, Link]:
 
 
 def _cluster_table(clusters: list[Cluster]) -> str:
-    head = ["name", "what", "device", "GPUs a node", "links, one way per GPU"]
+    head = ["name", "what", "device", "devices a node", "links, one way per device", "node power"]
     rows = []
     for cluster in clusters:
         links = [
@@ -205,19 +252,33 @@ def _cluster_table(clusters: list[Cluster]) -> str:
         ]
         ranks = str(cluster.node.devices)
         device = f"`{cluster.device.name}`"
-        rows.append([f"`{cluster.name}`", cluster.title, device, ranks, "; ".join(links)])
+        power = _figure(cluster.node.power, "W")
+        rows.append([f"`{cluster.name}`", cluster.title, device, ranks, "; ".join(links), power])
     return _table(head, rows)
 
 
+def _parameters(cost: CostModel) -> str:
+    """List the parameters of any cost model: fixed times with their unit, the rest as numbers."""
+    own = [n for n in type(cost).model_fields if n not in {*CostModel.model_fields, "model"}]
+    times = {"latency", *cost.FIXED}
+    words = []
+    for name in own:
+        value = getattr(cost, name)
+        if value != type(cost).model_fields[name].default:
+            told = format_quantity(value, "s") if name in times else f"{value:.3g}"
+            words.append(f"{name} {told}")
+    return ", ".join(words)
+
+
 def _transfer_table(clusters: list[Cluster]) -> str:
-    head = ["cluster", "link", "transfer", "startup", "efficiency"]
+    head = ["cluster", "link", "transfer", "model", "parameters"]
     rows = [
         [
             f"`{cluster.name}`",
             name,
             transfer,
-            format_quantity(cost.startup, "s"),
-            f"{cost.efficiency:.2f}",
+            getattr(cost, "model", "transfer"),
+            _parameters(cost),
             *_interval(cost),
         ]
         for cluster in clusters

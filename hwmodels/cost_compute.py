@@ -1,15 +1,18 @@
-"""What kernels of one processor take: a roofline with achieved efficiencies and a launch time.
+"""What kernels of one processor take: a physical cost model where one is given, else a roofline.
 
-``t = launch + max(FLOP / (e_c F), bytes / (e_m W))`` in seconds, F the dense peak of the weight
-format, W the bandwidth at which the processor reads its memory; FLOP count whole tiles, bytes
-count what moves, weights of active experts only. See docs/reference/cost-model.md for the sources.
+The roofline is ``t = launch + max(FLOP / (e_c F), bytes / (e_m W))`` in seconds, F the dense peak
+of the weight format, W the bandwidth at which the processor reads its memory; FLOP count whole
+tiles, bytes count what moves, weights of active experts only. See docs/reference/cost-model.md
+for the sources, and `hwmodels.kernels` for the physical models.
 """
 
 import numpy as np
 
 from basis.evidence import Evidence, weakest
 from hwmodels.device import Kernel, Processor
-from hwmodels.figures import Figure, KernelCost
+from hwmodels.figures import CostModel, Figure, KernelCost
+from hwmodels.kernels.base import Limits, OwnPrice, PhysicalCost
+from hwmodels.kernels.models import Fastest
 from hwmodels.ops import (
     AttentionDecode,
     AttentionPrefill,
@@ -20,9 +23,38 @@ from hwmodels.ops import (
     Permute,
     Route,
 )
-from hwmodels.prices import Price, priced
+from hwmodels.prices import Price, fastest, priced
 
 ComputeOp = Gemm | GroupedGemm | AttentionDecode | AttentionPrefill | Route | Permute | Elementwise
+
+
+def kernel_of(op: ComputeOp, on: Processor) -> tuple[Kernel, str, str]:
+    """Return what prices an operation on a processor.
+
+    Returns
+    -------
+    tuple
+        The kernel's name, the format whose parameters it takes (weights; the cache for
+        attention), and the format in which it multiplies.
+    """
+    match op:
+        case Gemm():
+            return "gemm", op.weight_dtype, op.weight_dtype
+        case GroupedGemm():
+            return "grouped_gemm", op.weight_dtype, op.weight_dtype
+        case AttentionDecode():
+            latent = op.latent and "mla_decode" in on.kernels
+            return "mla_decode" if latent else "attention_decode", op.kv_dtype, op.activation_dtype
+        case AttentionPrefill():
+            latent = op.latent and "mla_prefill" in on.kernels
+            name: Kernel = "mla_prefill" if latent else "attention_prefill"
+            return name, op.kv_dtype, op.activation_dtype
+        case Route():
+            return "route", op.activation_dtype, op.activation_dtype
+        case Permute():
+            return "permute", "bf16", "bf16"
+        case Elementwise():
+            return "stream", "bf16", "bf16"
 
 
 def price_compute(op: ComputeOp, on: Processor, bandwidth: Figure[float]) -> Price:
@@ -42,60 +74,47 @@ def price_compute(op: ComputeOp, on: Processor, bandwidth: Figure[float]) -> Pri
     Price
         Seconds [n]; rows without work cost nothing.
     """
+    name, dtype, multiplied = kernel_of(op, on)
+    cost, evidence = on.kernel(name, dtype)
+    evidence = weakest([evidence, *peaks(on.flops_for(multiplied), bandwidth)])
+    limits = on.limits(multiplied, bandwidth.value)
+    return price_by(op, cost, evidence, limits)
+
+
+def price_by(op: ComputeOp, cost: CostModel, evidence: Evidence, limits: Limits) -> Price:
+    """Price each row of a column with one cost model, on a processor with these limits."""
+    match cost:
+        case OwnPrice():
+            return cost.price(op, limits)
+        case Fastest():
+            return fastest([price_by(op, c, evidence, limits) for c in cost.of])
+        case KernelCost():
+            work, flops, moved = _roofline_terms(op, cost)
+            seconds = roofline(flops, moved, cost, limits.flops, limits.bandwidth)
+            return priced(np.where(work > 0, seconds, 0.0), cost, evidence)
+        case PhysicalCost():
+            return priced(cost.seconds(op, limits), cost, evidence)
+    raise TypeError(f"{type(cost).__name__} prices no kernel")
+
+
+def _roofline_terms(op: ComputeOp, cost: KernelCost) -> tuple[Floats, Floats, Floats]:
+    """Return what says whether a row runs, its FLOP on whole tiles, and its bytes with ramps."""
+    moved = op.bytes_moved()
     match op:
         case Gemm():
-            return _gemm(op, on, bandwidth)
+            m, n, k = (np.asarray(x, dtype=np.float64) for x in (op.m, op.n, op.k))
+            padded = 2 * _whole_tiles(m, cost.tile_rows) * n * k
+            ramped = np.where(m > 0, moved + cost.ramp_bytes, 0.0)
+            return ramped, padded, ramped
         case GroupedGemm():
-            return _grouped_gemm(op, on, bandwidth)
-        case AttentionDecode():
-            return _attention("attention_decode", op, on, bandwidth)
-        case AttentionPrefill():
-            return _attention("attention_prefill", op, on, bandwidth)
-        case Route():
-            return _roofline(
-                "route", op.activation_dtype, op.flops(), op.bytes_moved(), on, bandwidth
-            )
-        case Permute():
-            return _streaming("permute", op.bytes_moved(), on, bandwidth)
-        case Elementwise():
-            return _streaming("stream", op.bytes_moved(), on, bandwidth)
-
-
-def _streaming(name: Kernel, moved: Floats, on: Processor, bandwidth: Figure[float]) -> Price:
-    return _roofline(name, "bf16", np.zeros_like(moved), moved, on, bandwidth)
-
-
-def _gemm(op: Gemm, on: Processor, bandwidth: Figure[float]) -> Price:
-    cost, _ = on.kernel("gemm", op.weight_dtype)
-    m, n, k = (np.asarray(x, dtype=np.float64) for x in (op.m, op.n, op.k))
-    padded = 2 * _whole_tiles(m, cost.tile_rows) * n * k
-    moved = np.where(m > 0, op.bytes_moved() + cost.ramp_bytes, 0.0)
-    return _roofline("gemm", op.weight_dtype, padded, moved, on, bandwidth)
-
-
-def _grouped_gemm(op: GroupedGemm, on: Processor, bandwidth: Figure[float]) -> Price:
-    """FLOP of padded rows; weights of active experts, each with its bandwidth ramp."""
-    cost, _ = on.kernel("grouped_gemm", op.weight_dtype)
-    tiles = -(-op.tokens_per_expert // cost.tile_rows)
-    padded = tiles.sum(axis=1, dtype=np.float64) * cost.tile_rows * op.flops_per_row()
-    moved = op.bytes_moved() + op.active() * cost.ramp_bytes
-    return _roofline("grouped_gemm", op.weight_dtype, padded, moved, on, bandwidth)
-
-
-def _attention(
-    name: Kernel, op: AttentionDecode | AttentionPrefill, on: Processor, bandwidth: Figure[float]
-) -> Price:
-    """Attention multiplies in the activations' format; its cache may be stored narrower."""
-    cost, evidence = on.kernel(name, op.kv_dtype)
-    flops = on.flops_for(op.activation_dtype)
-    return _time(op.flops(), op.bytes_moved(), cost, evidence, flops, bandwidth)
-
-
-def _roofline(
-    name: Kernel, dtype: str, flops: Floats, moved: Floats, on: Processor, bandwidth: Figure[float]
-) -> Price:
-    cost, evidence = on.kernel(name, dtype)
-    return _time(flops, moved, cost, evidence, on.flops_for(dtype), bandwidth)
+            tiles = -(-op.tokens_per_expert // cost.tile_rows)
+            padded = tiles.sum(axis=1, dtype=np.float64) * cost.tile_rows * op.flops_per_row()
+            ramped = moved + op.active() * cost.ramp_bytes
+            return ramped, padded, ramped
+        case Permute() | Elementwise():
+            return moved, np.zeros_like(moved), moved
+        case _:
+            return moved, op.flops(), moved
 
 
 def roofline(
@@ -109,19 +128,6 @@ def roofline(
     compute = flops / (cost.compute_efficiency * peak)
     memory = moved / (cost.memory_efficiency * bandwidth)
     return np.asarray(cost.launch + np.maximum(compute, memory))
-
-
-def _time(
-    flops: Floats,
-    moved: Floats,
-    cost: KernelCost,
-    evidence: Evidence,
-    peak: Figure[float],
-    bandwidth: Figure[float],
-) -> Price:
-    seconds = roofline(flops, moved, cost, peak.value, bandwidth.value)
-    weakest_part = weakest([evidence, *peaks(peak, bandwidth)])
-    return priced(np.where(moved > 0, seconds, 0.0), cost, weakest_part)
 
 
 def peaks(*figures: Figure[float]) -> list[Evidence]:

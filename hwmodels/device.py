@@ -8,16 +8,40 @@ a processor of the node.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from basis import DTYPES, Bytes, BytesPerSecond, Evidence, FlopPerSecond, Hertz, Strict, Watts
+from basis import (
+    DTYPES,
+    Bytes,
+    BytesPerSecond,
+    DollarsPerHour,
+    Evidence,
+    FlopPerSecond,
+    Hertz,
+    Strict,
+    Watts,
+)
 from basis.evidence import weakest
-from hwmodels.figures import Figure, KernelCost
+from hwmodels.figures import CostModel, Figure, KernelCost
+from hwmodels.kernels.base import Limits
+from hwmodels.kernels.models import KernelModel
+from hwmodels.pim.catalog import load_pim
+from hwmodels.pim.description import Pim
+from hwmodels.pim.processor import processor_fields
 
 Kernel = Literal[
-    "gemm", "grouped_gemm", "attention_decode", "attention_prefill", "route", "permute", "stream"
+    "gemm",
+    "grouped_gemm",
+    "attention_decode",
+    "attention_prefill",
+    "mla_decode",
+    "mla_prefill",
+    "route",
+    "permute",
+    "stream",
 ]
-"""``permute`` gathers and scatters rows; ``stream`` is elementwise work, in order."""
+"""``permute`` gathers and scatters rows; ``stream`` is elementwise work, in order. The ``mla``
+kernels are optional: without them latent attention takes the ``attention`` ones."""
 FlopFormat = Literal["fp32", "tf32", "bf16", "fp8", "fp4", "int8"]
 
 _ASSUMED = KernelCost(
@@ -35,7 +59,7 @@ _ROUND: tuple[tuple[Kernel, float, int], ...] = (
     ("permute", 3e-6, 1),
     ("stream", 3e-6, 1),
 )
-DEFAULT_KERNELS: dict[Kernel, dict[str, KernelCost]] = {
+DEFAULT_KERNELS: dict[Kernel, dict[str, KernelModel]] = {
     name: {"bf16": _ASSUMED.model_copy(update={"launch": launch, "tile_rows": tile})}
     for name, launch, tile in _ROUND
 }
@@ -59,10 +83,24 @@ class Memory(Strict):
     """Width of the bus of one stack, bits."""
     pin_rate: BytesPerSecond | None = None
     """Rate of one pin, bytes per second (written in Gbit/s)."""
+    numa: int | None = Field(default=None, gt=0)
+    """NUMA domains that share the channels evenly; what a processor of one domain reads from its
+    own is the bandwidth over this many (sockets are devices of their own, joined by a link)."""
 
     def scaled(self, rates: float) -> Self:
         """Return a copy with the bandwidth times ``rates``."""
         return self.model_copy(update={"bandwidth": self.bandwidth.times(rates)})
+
+
+class PimPart(Strict):
+    """Units of a memory that computes, from which a processor's figures follow."""
+
+    memory: str
+    """Name in catalog/pim, or the path of a description."""
+    units: str
+    """Name of its units."""
+    stacks: int = Field(default=1, gt=0)
+    """Stacks (or chips) that work on the same matrix."""
 
 
 class Processor(Strict):
@@ -81,12 +119,29 @@ class Processor(Strict):
     """Dense peak by format, FLOP per second. ``bf16`` must be there."""
     compute_units: Figure[int] | None = None
     """Streaming multiprocessors, compute units or cores."""
+    cache: Figure[Bytes] | None = None
+    """Last-level cache between the units and the memory (L2 of an NVIDIA GPU, Infinity Cache,
+    L3 of a CPU), bytes over all units."""
     clock: Figure[Hertz] | None = None
     """Clock at which the peak is stated (boost), Hz."""
     flops_per_clock_per_unit: dict[FlopFormat, float] = Field(default_factory=dict)
     """Dense FLOP per clock and unit by format: with units and clock, the physical peak."""
-    kernels: dict[Kernel, dict[str, KernelCost]] = DEFAULT_KERNELS
+    kernels: dict[Kernel, dict[str, KernelModel]] = DEFAULT_KERNELS
     """Cost models by kernel and weight format (KV format for attention); ``bf16`` is required."""
+    pim: PimPart | None = None
+    """Units in its memory: what the file does not state of the processor is derived from them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("pim"), dict):
+            return data
+        try:
+            part = PimPart.model_validate(data["pim"])
+        except ValidationError:  # the field's own validation says what is wrong, and where
+            return data
+        pim = Pim(load_pim(part.memory), part.units, part.stacks)
+        return processor_fields(pim, f"derived from catalog/pim/{part.memory}") | data
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -111,7 +166,24 @@ class Processor(Strict):
         table: dict[Any, Figure[float]] = dict(self.flops)
         return table.get(DTYPES[dtype].compute, table["bf16"])
 
-    def kernel(self, name: Kernel, dtype: str) -> tuple[KernelCost, Evidence]:
+    def limits(self, dtype: str, bandwidth: float) -> Limits:
+        """Peaks that a kernel's shares refer to, multiplying as for weights stored as ``dtype``.
+
+        Parameters
+        ----------
+        dtype : str
+            Format of the weights; attention: of the activations.
+        bandwidth : float
+            Of this processor's memory, bytes/s.
+        """
+        return Limits(
+            flops=self.flops_for(dtype).value,
+            bandwidth=bandwidth,
+            units=1.0 if self.compute_units is None else float(self.compute_units.value),
+            cache=0.0 if self.cache is None else self.cache.value,
+        )
+
+    def kernel(self, name: Kernel, dtype: str) -> tuple[CostModel, Evidence]:
         """Parameters of a kernel for a weight format, and what they rest on.
 
         A format without parameters of its own takes those of bf16, as a transfer.
@@ -124,10 +196,7 @@ class Processor(Strict):
     def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
         """Return a copy with bandwidth and FLOP/s times ``rates``, launches times ``fixed``."""
         kernels = {
-            name: {
-                dtype: cost.model_copy(update={"launch": cost.launch * fixed})
-                for dtype, cost in by_dtype.items()
-            }
+            name: {dtype: cost.with_fixed(fixed) for dtype, cost in by_dtype.items()}
             for name, by_dtype in self.kernels.items()
         }
         flops = {dtype: figure.times(rates) for dtype, figure in self.flops.items()}
@@ -150,6 +219,9 @@ class Device(Strict):
     """Processors by name; the first is the one that runs the model."""
     power: Figure[Watts] | None = None
     """Power limit of the whole device, W."""
+    price: Figure[DollarsPerHour] | None = None
+    """Rent of one device with its share of the host, US dollars per hour; the source names the
+    provider and the date, for such prices move by half within a year."""
 
     @model_validator(mode="after")
     def _attached(self) -> Self:
@@ -173,11 +245,17 @@ class Device(Strict):
         """The memory that this processor works on."""
         return self.memories[self.processor.memory]
 
+    def limits(self, dtype: str) -> Limits:
+        """Peaks of the first processor on its memory; see `Processor.limits`."""
+        return self.processor.limits(
+            dtype, (self.processor.bandwidth or self.memory.bandwidth).value
+        )
+
     def flops(self, dtype: str) -> Figure[float]:
         """Dense peak of the first processor for weights stored as ``dtype``, FLOP/s."""
         return self.processor.flops_for(dtype)
 
-    def kernel(self, name: Kernel, dtype: str) -> tuple[KernelCost, Evidence]:
+    def kernel(self, name: Kernel, dtype: str) -> tuple[CostModel, Evidence]:
         """Parameters of a kernel of the first processor, and what they rest on."""
         return self.processor.kernel(name, dtype)
 

@@ -4,7 +4,7 @@ Quantities are SI (bytes, bytes per second, FLOP per second, seconds); efficienc
 ratios have no unit. A bare value in a file is taken as assumed, because it names no source.
 """
 
-from typing import Annotated, Any, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -45,9 +45,11 @@ class HeldOut(Strict):
     """Rows scored."""
 
 
-class _Model(Strict):
+class CostModel(Strict):
     """What all cost models state about themselves."""
 
+    FIXED: ClassVar[tuple[str, ...]] = ("launch",)
+    """Fields that hold a fixed time, s."""
     low: float = Field(default=0.5, gt=0, le=1)
     """Lower end of the interval, as a ratio to the predicted time (10th percentile if fitted)."""
     high: float = Field(default=2.0, ge=1)
@@ -59,10 +61,22 @@ class _Model(Strict):
     held_out: HeldOut | None = None
     """Errors on held-out shapes, where the parameters were fitted."""
 
+    def in_service(self) -> Self:
+        """Return the model of calls in service, which find nothing of the last one in a cache.
 
-class KernelCost(_Model):
+        All other layers run in between; where one call is timed again and again, they do.
+        """
+        return self
+
+    def with_fixed(self, factor: float) -> Self:
+        """Return a copy with the fixed times multiplied."""
+        return self.model_copy(update={n: getattr(self, n) * factor for n in self.FIXED})
+
+
+class KernelCost(CostModel):
     """Parameters of one kernel's roofline on one processor, for one weight format."""
 
+    model: Literal["roofline"] = "roofline"
     launch: Seconds
     """Fixed time of one call: launches, ramp-up, tail, s."""
     compute_efficiency: float = Field(gt=0, le=1)
@@ -76,9 +90,10 @@ class KernelCost(_Model):
     matrices): the block size at which half the bandwidth is reached, bytes."""
 
 
-class TransferCost(_Model):
+class TransferCost(CostModel):
     """Parameters of one way of using a link: t = startup + bytes / (efficiency x bandwidth)."""
 
+    FIXED: ClassVar[tuple[str, ...]] = ("startup",)
     startup: Seconds
     """Fixed time of one call, s."""
     efficiency: float = Field(gt=0, le=1)

@@ -7,7 +7,7 @@ counts are in tokens, elements or bytes as each field says. The same value is pr
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,10 +141,18 @@ class AttentionDecode(_Columns):
     """Cached elements per token (of the layer)."""
     kv_dtype: str
     activation_dtype: str
+    window: int = 0
+    """Tokens that a sliding window leaves each query; 0: no window. ``context`` has it applied
+    already; kernels skip whole blocks of keys only, so that its edges cost something."""
 
     def __post_init__(self) -> None:
         self._settle("tokens", "context")
         self._check_dtypes("kv_dtype", "activation_dtype")
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are one shared latent (MLA): less is cached than K plus V."""
+        return self.num_kv_heads == 1 and self.kv_elements < self.head_dim + self.v_head_dim
 
     def flops(self) -> Floats:
         """2 context heads (head_dim + v_head_dim): scores and weighted sum, FLOP."""
@@ -176,10 +184,18 @@ class AttentionPrefill(_Columns):
     """Cached elements per token (of the layer)."""
     kv_dtype: str
     activation_dtype: str
+    window: int = 0
+    """Tokens that a sliding window leaves each query; 0: no window. ``pairs`` has it applied
+    already; kernels skip whole blocks of keys only, so that its edges cost something."""
 
     def __post_init__(self) -> None:
         self._settle("tokens", "pairs")
         self._check_dtypes("kv_dtype", "activation_dtype")
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys were expanded from a latent (MLA): they hold the rotary part, values not."""
+        return self.head_dim != self.v_head_dim
 
     def flops(self) -> Floats:
         """2 pairs heads (head_dim + v_head_dim), FLOP."""
@@ -254,11 +270,23 @@ class GroupedGemm(_Columns):
     """True: up and gate matrices (SwiGLU); False: up only."""
     weight_dtype: str
     activation_dtype: str
+    tokens: Column | None = None
+    """[n] tokens that the rank is shown, those without an expert of its own too (with an
+    all-gather every rank sees all); None: each (token, expert) pair comes by itself."""
 
     def __post_init__(self) -> None:
         counts = np.asarray(self.tokens_per_expert)
         self._refuse("tokens_per_expert", counts, ndim=2)
         object.__setattr__(self, "tokens_per_expert", counts)
+        if self.tokens is not None:
+            shown = np.atleast_1d(np.asarray(self.tokens))
+            self._refuse("tokens", shown, ndim=1)
+            if len(shown) not in (1, len(counts)):
+                raise InputError(
+                    f"GroupedGemm.tokens: {len(shown)} numbers for {len(counts)} rows -- "
+                    "give one number per row, or one for all rows"
+                )
+            object.__setattr__(self, "tokens", np.broadcast_to(shown, len(counts)))
         self._check_dtypes("weight_dtype", "activation_dtype")
         if self.hidden < 1 or self.width < 1:
             raise InputError(
@@ -273,6 +301,10 @@ class GroupedGemm(_Columns):
     def rows(self) -> Floats:
         """[n] (token, expert) pairs."""
         return self.tokens_per_expert.sum(axis=1, dtype=np.float64)
+
+    def shown(self) -> Floats:
+        """[n] tokens at the layer's door, see ``tokens``."""
+        return self.rows() if self.tokens is None else _f(self.tokens)
 
     def active(self) -> Floats:
         """[n] slots with at least one token: only their weights are read."""
@@ -306,6 +338,9 @@ class GroupedGemm(_Columns):
 
 Group = tuple[int, ...]
 """Distinct ranks that work on one collective."""
+Phase = Literal["dispatch", "combine"]
+"""Tokens to their experts, or the results back."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def _groups(
@@ -334,6 +369,17 @@ class AllToAll(_Columns):
     ranks: Group | tuple[Group, ...] | None = None
     """The l ranks of the group, or several groups that the rows belong to in turn (row i to group
     i % groups); None = all ranks of the cluster. A tuple of groups after construction."""
+    phase: Phase | None = None
+    """Half of an expert layer's exchange, where a link's cost models differ; None: neither."""
+    tokens: Column = 0
+    """Tokens of the rank that has most, for kernels that work through each; 0: not stated."""
+    experts: int = 0
+    """Experts of the layer over all ranks, for kernels that flag each; 0: not stated."""
+    row_bytes: float = 0.0
+    """Bytes of one token's row; 0: not stated."""
+    copies: Column = 1
+    """(token, expert) pairs for each row in ``traffic``, where a token goes once to a rank: what
+    kernels that send a row per expert send more."""
 
     def __post_init__(self) -> None:
         traffic = np.asarray(self.traffic)
@@ -341,9 +387,21 @@ class AllToAll(_Columns):
         if traffic.shape[1] != traffic.shape[2]:
             raise InputError(f"AllToAll.traffic: shape {traffic.shape} -- [n, ranks, ranks]")
         object.__setattr__(self, "traffic", traffic)
+        self._spread(len(traffic), "tokens", "copies")
         if self.ranks is not None:
             groups = _groups("AllToAll", self.ranks, *traffic.shape[:2])
             object.__setattr__(self, "ranks", groups)
+
+    def _spread(self, rows: int, *names: str) -> None:
+        for name in names:
+            column = np.atleast_1d(np.asarray(getattr(self, name)))
+            self._refuse(name, column, ndim=1)
+            if len(column) not in (1, rows):
+                raise InputError(
+                    f"AllToAll.{name}: {len(column)} numbers for {rows} rows -- one for each, or "
+                    "one for all"
+                )
+            object.__setattr__(self, name, np.broadcast_to(column, rows))
 
 
 @dataclass(frozen=True, kw_only=True)

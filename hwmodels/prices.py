@@ -1,9 +1,12 @@
 """A price: seconds for each row of a column of operations, an interval, and what it rests on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from basis.evidence import Evidence
-from hwmodels.figures import KernelCost, TransferCost
+import numpy as np
+
+from basis.evidence import Evidence, weakest
+from hwmodels.figures import CostModel
 from hwmodels.ops import Floats
 
 
@@ -21,8 +24,20 @@ class Price:
     """The weakest of what the price rests on."""
 
 
-def priced(seconds: Floats, cost: KernelCost | TransferCost, evidence: Evidence) -> Price:
+def priced(seconds: Floats, cost: CostModel, evidence: Evidence) -> Price:
     """Return a price with the interval that the cost model states."""
     return Price(
         seconds=seconds, low=seconds * cost.low, high=seconds * cost.high, evidence=evidence
+    )
+
+
+def fastest(prices: Sequence[Price]) -> Price:
+    """Return row by row the price with the least seconds, with its interval."""
+    stacked = np.stack([price.seconds for price in prices])
+    chosen = stacked.argmin(axis=0), np.arange(stacked.shape[1])
+    return Price(
+        seconds=stacked[chosen],
+        low=np.stack([price.low for price in prices])[chosen],
+        high=np.stack([price.high for price in prices])[chosen],
+        evidence=weakest([price.evidence for price in prices]),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from basis import BytesPerSecond, InputError, Strict
+from basis import BytesPerSecond, InputError, Strict, Watts
 from hwmodels.device import Device, Memory, Processor
 from hwmodels.figures import Figure
 from hwmodels.link import Link
@@ -32,6 +32,8 @@ class Node(Strict):
     """Processors at these memories by name (``cpu``, ``ndp``), figures per device."""
     links: dict[str, Link] = Field(default_factory=dict)
     """Edges of the memory graph by name, each with its two ``ends``."""
+    power: Figure[Watts] | None = None
+    """Power of one whole node (server or rack) with hosts, switches and fans, W."""
 
     @model_validator(mode="after")
     def _joined(self) -> Self:

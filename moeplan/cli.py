@@ -59,12 +59,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     hardware = commands.add_parser("hardware", help="the catalog of devices and clusters")
     verbs = hardware.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _command(verbs, "list", "names of devices and clusters")
-    show = _command(verbs, "show", "every figure of a device or cluster with its source")
+    _command(verbs, "list", "names of devices, memories and clusters")
+    show = _command(verbs, "show", "every figure of a device, memory or cluster with its source")
     show.add_argument("name", help="catalog name, or path of a YAML file")
-    check = _command(verbs, "check", "find sparse FLOPS, two-way links, GB for GiB")
+    check = _command(verbs, "check", "find sparse FLOPS, two-way links, GB for GiB, broken physics")
     check.add_argument(
-        "name", nargs="?", help="catalog name or YAML file; all of the catalog without"
+        "name",
+        nargs="*",
+        metavar="NAME|FILE",
+        help="catalog names or YAML files; all of the catalog without; exit code 2 on errors",
+    )
+
+    calibrate = _command(commands, "calibrate", "fit cost models on measured tables")
+    calibrate.add_argument(
+        "--from",
+        choices=("silicon",),
+        required=True,
+        dest="origin",
+        help="silicon: the tables of aiconfigurator-core (pip install 'moeplan[silicon]')",
+    )
+    calibrate.add_argument(
+        "--device", nargs="+", metavar="NAME", help="catalog devices; all without"
+    )
+    calibrate.add_argument("--engine", nargs="+", metavar="NAME", help="engines; all without")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    calibrate.add_argument(
+        "--rows", type=Path, metavar="DIR", help="write every row, measured and predicted (Parquet)"
     )
 
     export = _command(commands, "export", "write a plan as the file that an engine loads")
@@ -108,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         json.dump(result, sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
-    return 0
+    return 2 if result.get("errors") else 0  # only a check of files counts errors
 
 
 def _command(

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from basis.errors import InputError
-from basis.schema import read_data
-from hwmodels import catalog_names, check_catalog, check_cluster, check_device
-from hwmodels.cluster import load_cluster, load_device
+from hwmodels import catalog_names, check_hardware, load_hardware
 from moeplan import console, views
 from moeplan.asked import facts_of
 from moeplan.compare_view import render_comparison
@@ -28,6 +26,7 @@ from traces.routing_trace import read_trace
 from traces.stats import trace_statistics
 
 __all__ = [
+    "calibrate",
     "compare",
     "demo",
     "export",
@@ -57,7 +56,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     step = _only_placement(scenario)
     screen = console.of(options)
     here = Path.cwd()
-    clusters = [open_cluster(name, here, scenario.file.gpus) for name in options.clusters]
+    asked = scenario.file
+    clusters = [
+        open_cluster(name, here, asked.gpus, asked.engine, asked.prices)
+        for name in options.clusters
+    ]
     rows = []
     with console.progress(screen) as tell:
         for cluster in clusters:
@@ -114,23 +117,31 @@ def hardware_list(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def hardware_show(options: argparse.Namespace) -> dict[str, Any]:
-    """Every figure of a device or a cluster with its source."""
-    entry = _hardware(options.name)
-    answer: dict[str, Any] = entry.model_dump(mode="json")
+    """Every figure of a device, a memory or a cluster with its source."""
+    answer: dict[str, Any] = load_hardware(options.name).model_dump(mode="json")
+    answer = {"name": options.name} | answer
     views.show_hardware(console.of(options), answer)
     return answer
 
 
 def hardware_check(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the guards on one file or on the whole catalog."""
-    if options.name is None:
-        findings = check_catalog()
-    else:
-        entry = _hardware(options.name)
-        findings = check_device(entry) if hasattr(entry, "memories") else check_cluster(entry)
-    answer = {"findings": [vars(f) for f in findings]}
-    views.show_findings(console.of(options), options.name or "catalog", findings)
-    return answer
+    """Run the guards on some files or on the whole catalog; errors make the exit code 2."""
+    names = options.name or [name for kind in catalog_names().values() for name in kind]
+    found = [(name, finding) for name in names for finding in check_hardware(name)]
+    views.show_findings(console.of(options), "catalog" if not options.name else "", found)
+    levels = [finding.level for _, finding in found]
+    return {
+        "findings": [{"file": name} | vars(finding) for name, finding in found],
+        "errors": levels.count("error"),
+        "warnings": levels.count("warning"),
+    }
+
+
+def calibrate(options: argparse.Namespace) -> dict[str, Any]:
+    """Fit cost models on measured tables."""
+    from moeplan import calibrate_command  # readers and optimisers, which nothing else needs
+
+    return calibrate_command.calibrate(options)
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,14 +151,3 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     for file in files:
         screen.print(f"wrote {file}")
     return {"engine": options.engine, "files": [str(f) for f in files]}
-
-
-def _hardware(name: str) -> Any:
-    known = catalog_names()
-    if name in known["devices"]:
-        return load_device(name)
-    if name.endswith((".yaml", ".yml")):
-        data = read_data(Path(name))
-        if not (isinstance(data, dict) and "device" in data):
-            return load_device(Path(name))
-    return load_cluster(name)

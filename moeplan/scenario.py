@@ -12,6 +12,7 @@ from pydantic import Field
 from basis.errors import InputError
 from basis.schema import Strict, load
 from hwmodels.cluster import Cluster, load_cluster
+from hwmodels.engines import PriceMode, priced_by
 from moeplan.workload import ScenarioWorkload
 from planner.options import PlanOptions
 from simulator.deployment import Workload
@@ -32,6 +33,12 @@ class ScenarioFile(Strict):
     """Catalog name, such as hgx-h100-8, or path of a cluster YAML."""
     gpus: int | None = Field(default=None, ge=1)
     """Use the first N GPUs of the cluster; all of them without it."""
+    engine: str | None = None
+    """Serving engine whose kernels run (trtllm, sglang, vllm); engine-neutral without it."""
+    prices: PriceMode = "fitted"
+    """What an engine's kernels are priced by: ``fitted`` parameters of the device; the
+    ``measured`` table, for shapes that it holds; ``transfer``, parameters of other devices and
+    this one's data sheet; ``auto``, measured where covered, else fitted, else transfer."""
     workload: ScenarioWorkload
     """Tokens in a step, or requests."""
     serving: ServingOptions = ServingOptions()
@@ -82,7 +89,7 @@ def open_scenario(path: Path, *, model: Path | None = None, trace: Path | None =
     geometry = load_model(model or resolve(path.parent, file.model, "model"))
     routing = read_trace(trace or resolve(path.parent, file.trace, "trace"))
     check_against_model(routing, geometry)
-    cluster = open_cluster(file.cluster, path.parent, file.gpus)
+    cluster = open_cluster(file.cluster, path.parent, file.gpus, file.engine, file.prices)
     if file.plan.layouts == "dp_ep":  # other layouts have slots of their own
         slots = geometry.num_experts + file.plan.redundant_experts
         check_slots(slots, geometry.num_experts, cluster.num_ranks)
@@ -96,11 +103,19 @@ def open_scenario(path: Path, *, model: Path | None = None, trace: Path | None =
     )
 
 
-def open_cluster(name: str, folder: Path, gpus: int | None = None) -> Cluster:
-    """Load a cluster by catalog name, or by a path relative to ``folder``."""
+def open_cluster(
+    name: str,
+    folder: Path,
+    gpus: int | None = None,
+    engine: str | None = None,
+    prices: PriceMode = "fitted",
+) -> Cluster:
+    """Load a cluster by catalog name or by a path relative to ``folder``, with engine's kernels."""
     if "/" in name or name.endswith((".yaml", ".yml")):
-        return load_cluster(resolve(folder, name, "cluster"), gpus=gpus)
-    return load_cluster(name, gpus=gpus)
+        cluster = load_cluster(resolve(folder, name, "cluster"), gpus=gpus)
+    else:
+        cluster = load_cluster(name, gpus=gpus)
+    return priced_by(cluster, engine, prices)
 
 
 def resolve(folder: Path, text: str, key: str) -> Path:

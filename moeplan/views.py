@@ -179,6 +179,8 @@ _UNITS = {
     "flops": "FLOP/s",
     "clock": "Hz",
     "power": "W",
+    "price": "USD/h",
+    "cache": "B",
     "launch": "s",
     "startup": "s",
     "latency": "s",
@@ -218,8 +220,9 @@ def _with_unit(path: tuple[str, ...], value: float) -> str:
     return format_quantity(value, unit, digits=4) if unit else f"{value:.6g}"
 
 
-def show_findings(screen: Console, name: str, findings: Sequence[Finding]) -> None:
-    """Print what the guards found."""
-    for finding in findings:
-        screen.print(f"{finding.level}: {finding.where}: {finding.message}")
-    screen.print(f"{name}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
+def show_findings(screen: Console, title: str, found: Sequence[tuple[str, Finding]]) -> None:
+    """Print what the guards found, each with its file, then how many."""
+    for name, finding in found:
+        screen.print(f"{finding.level}: {name}: {finding.where}: {finding.message}")
+    count = f"{len(found)} finding{'' if len(found) == 1 else 's'}"
+    screen.print(f"{title}: {count}" if title else count)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
 from hwmodels import AllToAll, Cluster, GroupedGemm, price
+from hwmodels.ops import Phase
 from planner.layouts_path import Path, PathFinder, path_key
 from simulator.batches import Composition
 from simulator.layout import Layout
@@ -116,11 +117,14 @@ class BoundMaker:
                 ]
                 total += np.array(each) * times.sum()
                 continue
-            took = price(work.op, self.cluster, on=work.on).seconds.reshape(work.shape)
+            op = work.op
+            if isinstance(op, AllToAll):  # its bytes alone come below; they may hide what it counts
+                op = replace(op, tokens=0, experts=0)
+            took = price(op, self.cluster, on=work.on).seconds.reshape(work.shape)
             rank = took.min(axis=2) if work.groups is not None else took.max(axis=2)
             total += (rank * times).sum(axis=1)
-            if isinstance(work.op, AllToAll):
-                each = [self._exchange_seconds(path, stage, slots) for path in paths]
+            if isinstance(op, AllToAll):
+                each = [self._exchange_seconds(path, stage, slots, op.phase) for path in paths]
                 total += np.array(each) * times.sum()
         return total
 
@@ -153,6 +157,7 @@ class BoundMaker:
         """Mean over steps and layers of the mean rank's expert kernel, its launch included."""
         key = (size, *path_key(layout), layout.etp)
         if key not in self._experts:
+            least = path.counts.sum(axis=1) / self.model.top_k  # tokens that pairs can belong to
             kernel = GroupedGemm(
                 tokens_per_expert=path.counts,
                 hidden=self.model.comm_size,
@@ -160,9 +165,10 @@ class BoundMaker:
                 gated=self.model.gated,
                 weight_dtype=self.model.expert_dtype,
                 activation_dtype=self.model.activation_dtype,
+                tokens=least,
             )
             work = price(kernel, self._no_fixed).seconds.mean()
-            one = replace(kernel, tokens_per_expert=path.counts[:1])
+            one = replace(kernel, tokens_per_expert=path.counts[:1], tokens=least[:1])
             launch = price(one, self.cluster).seconds[0] - price(one, self._no_fixed).seconds[0]
             self._experts[key] = float(launch), float(work)
         launch_time, work_time = self._experts[key]
@@ -172,7 +178,9 @@ class BoundMaker:
         """Fewest ranks that can hold a token's experts."""
         return -(-self.model.top_k * layout.ep // slots)
 
-    def _exchange_seconds(self, path: Path, layout: Layout, slots: int) -> float:
+    def _exchange_seconds(
+        self, path: Path, layout: Layout, slots: int, phase: Phase | None
+    ) -> float:
         """Seconds of the bytes of one all-to-all, startup left out.
 
         A token is sent at least to the fewest ranks that its experts can lie on, but its own;
@@ -184,14 +192,15 @@ class BoundMaker:
         size = bytes_of(self.model.activation_dtype, self.model.comm_size)
         tokens = path.lane_tokens.reshape(layout.ep, layout.etp).sum(axis=0).min() / layout.ep
         most = max(tokens * away * size, 1.0)
-        return min(self._sent_seconds(most, group) for group in layout.exchange_groups)
+        return min(self._sent_seconds(most, group, phase) for group in layout.exchange_groups)
 
-    def _sent_seconds(self, size: float, group: NDArray[np.int64]) -> float:
+    def _sent_seconds(self, size: float, group: NDArray[np.int64], phase: Phase | None) -> float:
         """Seconds in which one rank of a group sends so many bytes, over both ports at once."""
         node_of = np.asarray(self.cluster.node_of)[group]
         near = np.flatnonzero(node_of[1:] == node_of[0])[:1] + 1
         far = np.flatnonzero(node_of != node_of[0])[:1]
         traffic = np.zeros((len(near) + len(far), len(group), len(group)))
         traffic[np.arange(len(traffic)), 0, [*near, *far]] = size
-        alone = price(AllToAll(traffic=traffic, ranks=tuple(group.tolist())), self._no_fixed)
+        op = AllToAll(traffic=traffic, ranks=tuple(group.tolist()), phase=phase)
+        alone = price(op, self._no_fixed)
         return float(1 / (1 / alone.seconds).sum())

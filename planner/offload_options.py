@@ -33,7 +33,8 @@ class OffloadOptions(Strict):
     gap: float = Field(default=0.002, ge=0, lt=1)
     """Relative gap to the proved bound at which the search stops."""
     time_limit: Seconds = 30.0
-    """Wall time for each of the two integer programmes; half of it for the bound of all rules."""
+    """Wall time aimed at for each of the two integer programmes, half of it for the bound of all
+    rules; a layer that waits for its turn still gets 1.5 s, so many layers may take longer."""
     solver: Literal["highs", "cbc"] = "highs"
     """Solver of the integer programmes."""
     workers: int = Field(default=2, ge=1, le=64)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from basis.dtypes import bytes_of
 from hwmodels import AllToAll, Cluster, GroupedGemm, Permute, price
+from hwmodels.ops import PHASES, Phase
 from simulator.layout import Layout
 from traces.model_spec import ModelSpec
 
@@ -60,12 +61,13 @@ def slot_seconds(
         gated=model.gated,
         weight_dtype=model.expert_dtype,
         activation_dtype=model.activation_dtype,
+        tokens=count / model.top_k,  # a token's cost is shared by its experts
     )
     moves = Permute(rows=count, row_bytes=np.full(len(count), token_bytes))
     no_launch = cluster.scaled(fixed=0.0)
     table = price(experts, no_launch).seconds + 2 * price(moves, no_launch).seconds
     if layout is None or layout.exchanged > 1:
-        table += 2 * count * _port_seconds(no_launch, token_bytes)
+        table += count * sum(_port_seconds(no_launch, token_bytes, phase) for phase in PHASES)
 
     mean = min(tokens * model.top_k / slots, len(count) - 1.0)
     table += count * float(np.interp(mean, count, table)) / mean
@@ -78,7 +80,7 @@ def slot_seconds(
     return cost
 
 
-def _port_seconds(cluster: Cluster, size: float) -> float:
+def _port_seconds(cluster: Cluster, size: float, phase: Phase) -> float:
     """Seconds for which ``size`` bytes occupy a rank's port into its node, startup left out."""
     ranks = cluster.num_ranks
     if ranks == 1 or cluster.node.interconnect is None:
@@ -86,4 +88,4 @@ def _port_seconds(cluster: Cluster, size: float) -> float:
     many = 2**20
     traffic = np.zeros((1, ranks, ranks))
     traffic[0, 1, 0] = size * many
-    return float(price(AllToAll(traffic=traffic), cluster).seconds[0]) / many
+    return float(price(AllToAll(traffic=traffic, phase=phase), cluster).seconds[0]) / many

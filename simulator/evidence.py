@@ -9,21 +9,14 @@ from dataclasses import dataclass
 
 from basis.evidence import Evidence
 from hwmodels.cluster import Cluster
-from hwmodels.device import Kernel
+from hwmodels.cost_compute import kernel_of
 from hwmodels.link import Transfer
 from hwmodels.ops import (
     AllGather,
     AllReduce,
     AllToAll,
-    AttentionDecode,
-    AttentionPrefill,
     Copy,
-    Gemm,
-    GroupedGemm,
-    Op,
-    Permute,
     ReduceScatter,
-    Route,
 )
 from simulator.batches import Composition
 from simulator.pricing import PricedStep
@@ -119,25 +112,8 @@ def _source(work: Work, cluster: Cluster) -> tuple[str, str]:
         links = [cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None]
         sources = {k.cost(name).source for k in links if k is not None}
         return name, "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
-    kind, dtype = _kernel(op)
-    source = cluster.processor(work.on).kernel(kind, dtype)[0].source
+    processor = cluster.processor(work.on)
+    kind, dtype, _ = kernel_of(op, processor)
+    source = processor.kernel(kind, dtype)[0].source
     cited = cluster.device.sources.get(source, cluster.sources.get(source, source))
     return kind if work.on is None else f"{kind} on {work.on}", cited
-
-
-def _kernel(op: Op) -> tuple[Kernel, str]:
-    match op:
-        case Gemm():
-            return "gemm", op.weight_dtype
-        case GroupedGemm():
-            return "grouped_gemm", op.weight_dtype
-        case AttentionDecode():
-            return "attention_decode", op.kv_dtype
-        case AttentionPrefill():
-            return "attention_prefill", op.kv_dtype
-        case Route():
-            return "route", op.activation_dtype
-        case Permute():
-            return "permute", "bf16"
-        case _:
-            return "stream", "bf16"

@@ -19,7 +19,7 @@ from hwmodels.ops import (
     Stage,
 )
 from simulator.attention import attention
-from simulator.loads import StepLoads
+from simulator.loads import Ints, StepLoads
 from simulator.work import Rows, Work
 from traces.model_spec import ModelSpec
 
@@ -125,6 +125,7 @@ def _experts(r: Rows) -> list[Work]:
         gated=model.gated,
         weight_dtype=model.expert_dtype,
         activation_dtype=r.dtype,
+        tokens=_shown(r, shape),
     )
     works = [r.norm("moe norm", moe, r.routed), r.work("router", Stage.ROUTER, route, moe)]
     if model.shared_expert_width:
@@ -147,6 +148,24 @@ def _experts(r: Rows) -> list[Work]:
     ]
 
 
+def _shown(r: Rows, shape: tuple[int, ...]) -> Ints | None:
+    """Return the tokens that an expert layer of each rank sees; None: pairs, as they were sent."""
+    if r.loads.arrived is not None:
+        shown = _gathered(r)
+        return np.repeat(shown, r.layout.gathered, axis=-1).ravel()
+    if r.layout.exchanged > 1:
+        return None
+    tokens = r.routed.reshape(shape[0], 1, shape[2])
+    return np.broadcast_to(tokens, shape).ravel()
+
+
+def _gathered(r: Rows) -> Ints:
+    """Tokens of each group of ranks that gather theirs, [S, L, groups]."""
+    arrived = r.loads.arrived
+    assert arrived is not None
+    return np.asarray(arrived.reshape(*arrived.shape[:2], -1, r.layout.gathered).sum(axis=-1))
+
+
 def _gather(
     r: Rows, kind: type[AllGather] | type[ReduceScatter], name: str, stage: Stage
 ) -> list[Work]:
@@ -156,7 +175,5 @@ def _gather(
     """
     if r.loads.arrived is None:
         return []
-    size = r.layout.gathered
-    arrived = r.loads.arrived.reshape(*r.loads.arrived.shape[:2], -1, size).sum(axis=-1)
-    tensor = arrived * np.float64(r.model.comm_size * r.element)
-    return r.ring(kind, name, stage, size, tensor, r.moe_layers)
+    tensor = _gathered(r) * np.float64(r.model.comm_size * r.element)
+    return r.ring(kind, name, stage, r.layout.gathered, tensor, r.moe_layers)

@@ -18,6 +18,7 @@ from hwmodels.ops import (
     Elementwise,
     Gemm,
     Op,
+    Phase,
     ReduceScatter,
     Stage,
 )
@@ -171,11 +172,14 @@ class Rows:
         return self.ring(kind, name, Stage.TENSOR_PARALLEL, self.layout.tp, tensor, layers)
 
     def exchange(
-        self, name: str, stage: Stage, sent: NDArray[np.float64], layers: tuple[int, ...]
+        self, phase: Phase, stage: Stage, sent: NDArray[np.float64], layers: tuple[int, ...]
     ) -> list[Work]:
         """All-to-all of bytes [steps, layers, R, R] among ranks of one block and etp index."""
         if self.layout.exchanged == 1:
             return []
+        loads, members = self.loads, self.layout.exchanged
+        pairs = loads.per_slot.sum(axis=-1) * (members - 1) / members  # sent away, if evenly
+        copies = np.maximum(pairs / np.maximum(loads.cross_rank, 1), 1.0)
         lanes = self.layout.exchange_groups
         of_lane = np.empty(self.layout.lanes, dtype=np.int64)
         of_lane[lanes] = np.arange(len(lanes))[:, None]
@@ -185,9 +189,18 @@ class Rows:
             if len(lanes) > 1:
                 part = part[:, :, lanes[:, :, None], lanes[:, None, :]]
             ranks = tuple(tuple(group) for group in (first + lanes).tolist())
-            op = AllToAll(traffic=part.reshape(-1, *part.shape[-2:]), ranks=ranks)
             shape = (*part.shape[:2], len(lanes))
-            works.append(self._collective(name, stage, op, shape, own, tuple(of_lane.tolist())))
+            most = loads.slices[:, None, lanes].max(axis=-1)
+            op = AllToAll(
+                traffic=part.reshape(-1, *part.shape[-2:]),
+                ranks=ranks,
+                phase=phase,
+                tokens=np.broadcast_to(most, shape).ravel(),
+                experts=self.model.num_experts,
+                row_bytes=self.model.comm_size * self.element,
+                copies=np.broadcast_to(copies[:, at, None], shape).ravel(),
+            )
+            works.append(self._collective(phase, stage, op, shape, own, tuple(of_lane.tolist())))
         return works
 
     def hand_over(

@@ -16,6 +16,7 @@ KNOWN = [
     ("1e3 ns", "seconds", 1e-6),
     (".5 kW", "watts", 500.0),
     ("1.98 GHz", "hertz", 1.98e9),
+    ("0.44 pJ", "joules", 0.44e-12),
     (0, "seconds", 0.0),
 ]
 

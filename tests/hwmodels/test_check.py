@@ -9,7 +9,21 @@ import pytest
 import yaml
 
 from basis import InputError, validate
-from hwmodels import Cluster, Device, check_cluster, check_device, load_cluster, load_device
+from hwmodels import (
+    Cluster,
+    Device,
+    Link,
+    Memory,
+    catalog_names,
+    check_cluster,
+    check_device,
+    check_hardware,
+    load_cluster,
+    load_device,
+    load_hardware,
+)
+from hwmodels.check import check_link, check_part
+from hwmodels.link import FULL_LANES, ONE_WAY_RATE, RATE_SOURCE
 
 CATALOG = Path(str(files("hwmodels"))) / "catalog"
 
@@ -186,3 +200,130 @@ def test_a_memory_that_no_link_reaches_is_warned_of(cluster_data) -> None:
     data = changed(cluster_data, "node.memories.disk", DDR)
     findings = check_cluster(validate(data, Cluster, "test"))
     assert [(f.level, f.where) for f in findings] == [("warning", "node.memories.disk")]
+
+
+MORE_DEVICE_CASES = [
+    ("h100", "power", "0.7 W", "error", "power", "5 GFLOP/s to 4 TFLOP/s is known"),
+    ("h100", "price", "250000 USD/h", "warning", "price", "not its purchase"),
+    ("h100", "processors.gpu.clock", "1830 GHz", "error", "processors.gpu.clock", "prefix"),
+    ("h100", "processors.gpu.cache", "50 GB", "error", "processors.gpu.cache", "prefix"),
+    (
+        "h100",
+        "processors.gpu.kernels.stream.bf16.launch",
+        "5 ms",
+        "warning",
+        "processors.gpu.kernels.stream.bf16.launch",
+        "ms against us",
+    ),
+    ("xeon-6980p", "memories.host.numa", 5, "error", "memories.host.numa", "share the channels"),
+    (
+        "epyc-9654",
+        "processors.cpu.flops.bf16",
+        "29.5 TFLOP/s",
+        "error",
+        "processors.cpu.flops.bf16",
+        "2.00 x units x clock",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "level", "where", "said"), MORE_DEVICE_CASES)
+def test_findings_of_a_device(name, path, value, level, where, said) -> None:
+    found = check_device(validate(changed(catalog("devices", name), path, value), Device, "test"))
+    assert (level, where) in [(f.level, f.where) for f in found]
+    assert any(said in f.message for f in found)
+
+
+MORE_CLUSTER_CASES = [
+    ("hgx-h100-8", "node.power", "700 W", "error", "may draw 5.6 kW"),
+    ("hgx-h100-8", "network.bandwidth", "50 Gbit/s", "warning", "an eighth of what infiniband-ndr"),
+    ("hgx-h100-8", "node.links.pcie.costs.copy.startup", "10 ms", "warning", "ms against us"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "level", "said"), MORE_CLUSTER_CASES)
+def test_findings_of_a_cluster(name, path, value, level, said, tmp_path: Path) -> None:
+    found = check_hardware(written(changed(catalog("clusters", name), path, value), tmp_path))
+    assert [f.level for f in found] == [level]
+    assert said in found[0].message
+
+
+def _devices() -> list[Device]:
+    return [load_device(name) for name in catalog_names()["devices"]]
+
+
+@pytest.mark.parametrize("device", _devices(), ids=lambda d: d.name)
+def test_a_doubled_rate_is_refused(device: Device) -> None:
+    """Whatever a file can prove with units and clock, twice of it is an error at that place."""
+    for name, processor in device.processors.items():
+        for dtype, figure in processor.flops.items():
+            known = processor.flops_per_clock_per_unit.get(dtype)
+            if not (known and processor.clock and processor.compute_units):
+                continue
+            flops = processor.flops | {dtype: figure.times(2)}
+            wrong = processor.model_copy(update={"flops": flops})
+            parts = device.processors | {name: wrong}
+            found = check_device(device.model_copy(update={"processors": parts}))
+            errors = [f.where for f in found if f.level == "error"]
+            assert f"processors.{name}.flops.{dtype}" in errors
+
+
+@pytest.mark.parametrize("device", _devices(), ids=lambda d: d.name)
+def test_a_memory_is_no_faster_than_its_pins(device: Device) -> None:
+    for name, memory in device.memories.items():
+        if memory.pin_rate is None:
+            continue
+        faster = memory.model_copy(update={"bandwidth": memory.bandwidth.times(1.15)})
+        slower = memory.model_copy(update={"bandwidth": memory.bandwidth.times(0.85)})
+        assert {f.where for f in check_part(faster)} >= {"bandwidth"}, name
+        assert {f.where for f in check_part(slower)} >= {"bandwidth"}, name
+
+
+@pytest.mark.parametrize("standard", ONE_WAY_RATE)
+def test_a_port_carries_its_rate_and_no_more(standard: str) -> None:
+    def levels(factor: float, lanes: int | None = None) -> list[str]:
+        rate = f"{ONE_WAY_RATE[standard] * factor:.1f} B/s"
+        data = {"standard": standard, "direction": "one-way", "bandwidth": rate, "lanes": lanes}
+        return [f.level for f in check_link(validate(data, Link, "test"))]
+
+    assert levels(1) == levels(0.6) == []
+    assert levels(1.1) == levels(2) == levels(8) == ["error"]
+    assert levels(1 / 8) == ["warning"]
+    assert RATE_SOURCE[standard]
+    if (full := FULL_LANES.get(standard)) is not None:
+        assert levels(1 / full, lanes=1) == []
+        assert levels(2 / full, lanes=1) == ["error"]
+
+
+def test_known_standards_have_rate_and_source() -> None:
+    assert set(ONE_WAY_RATE) == set(RATE_SOURCE)
+    assert set(FULL_LANES) <= set(ONE_WAY_RATE)
+
+
+def test_a_part_cites_in_full() -> None:
+    figure = {"value": "4 TB", "evidence": "datasheet"}
+    data = {"kind": "NVMe, PCIe 5 x4", "capacity": figure, "bandwidth": "14.8 GB/s"}
+    found = check_part(validate(data, Memory, "test"))
+    assert [(f.level, f.where) for f in found] == [("warning", "capacity")]
+    key = {"value": "4 TB", "evidence": "datasheet", "source": "sheet"}
+    found = check_part(validate(data | {"capacity": key}, Memory, "test"))
+    assert "source 'sheet' is not in sources" in found[0].message
+
+
+def test_names_of_any_kind() -> None:
+    assert load_hardware("micron-cz120-256gb").kind.startswith("DDR5")
+    assert load_hardware("hgx-h100-8x2").num_ranks == 16
+    with pytest.raises(InputError, match=r"unknown hardware 'h10'.*did you mean 'h100'"):
+        load_hardware("h10")
+
+
+def test_parts_stand_in_a_cluster_by_name(cluster_data, tmp_path: Path) -> None:
+    data = changed(cluster_data, "node.memories.nvme", "samsung-9100-pro-4tb")
+    cluster = load_cluster(written(data, tmp_path))
+    assert cluster.memory("nvme").bandwidth.value == pytest.approx(14.8e9)
+    part = {"kind": "DDR5 on CXL", "capacity": "96 GiB", "bandwidth": "20 GB/s"}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(part))
+    cluster = load_cluster(written(changed(data, "node.memories.cxl", "part.yaml"), tmp_path))
+    assert cluster.memory("cxl").capacity.value == 96 * 2**30
+    with pytest.raises(InputError, match="unknown memory 'samsung'"):
+        load_cluster(written(changed(data, "node.memories.nvme", "samsung"), tmp_path))

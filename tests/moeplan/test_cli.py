@@ -22,6 +22,7 @@ OPTIONS = {
     "hardware list": {"--json"},
     "hardware show": {"--json", "name"},
     "hardware check": {"--json", "name"},
+    "calibrate": {"--json", "--from", "--device", "--engine", "--out", "--rows"},
     "export": {"--json", "plan", "--to", "--out"},
     "demo": {"--json", "--out"},
 }
