@@ -24,6 +24,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+from hwmodels.engines import engines_of
+from hwmodels.kernels.exchange import ByTokens
+from hwmodels.silicon.wheel import GPUS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reference/accuracy.md"
 PICTURES = ROOT / "docs/images"
@@ -47,6 +51,7 @@ SWEPT = {
     "stream": ("m", (16, 128, 1024)),
 }
 """What a regime is told by, and the upper ends of its first classes."""
+BETWEEN = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine")
 LAW = ("balanced", "power_law_1.01", "power_law_1.2")
 DRAWN = 4000  # points of a picture
 
@@ -145,6 +150,23 @@ def kernels(rows: pd.DataFrame) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
+def collectives() -> Iterator[list[str]]:
+    """Yield one line per device and engine: errors on held-out sizes, from the fitted files."""
+    for device in GPUS:
+        for engine, fits in engines_of(device).items():
+            costs = fits.interconnect
+            if costs:
+                yield [device, engine, *(_stated(costs.get(name)) for name in BETWEEN)]
+
+
+def _stated(cost: object) -> str:
+    """Median of a collective's held-out errors; of one by tokens, for few and for many."""
+    if cost is None:
+        return ""
+    parts = [cost.few, cost.many] if isinstance(cost, ByTokens) else [cost]
+    return ", ".join(f"{100 * part.held_out.median:.1f}" for part in parts if part.held_out)
+
+
 def transfers(path: Path) -> tuple[list[list[str]], str]:
     """Return the errors of each device left out, by kernel, and the interval's coverage."""
     found = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
@@ -198,7 +220,8 @@ def page(rows: pd.DataFrame, folder: Path, served: Path) -> str:
         "aiconfigurator-core 0.12.0 (Apache-2.0). Errors are |predicted / measured - 1|, median / "
         "mean in percent. Unseen: a quarter of the *shapes* (weights, heads, layout), by a hash, "
         "which no fit used. What a row must be to count, and how many are left out by which rule, "
-        "is in the readers (`hwmodels/silicon/`).",
+        "is in the readers (`hwmodels/silicon/`). The tables of B60 follow both peaks to 0.1 % and "
+        "look modelled, not measured; they count in *all*.",
         "",
         "## What each way of pricing is good for",
         "",
@@ -227,13 +250,26 @@ def page(rows: pd.DataFrame, folder: Path, served: Path) -> str:
         "By regime, fitted, unseen shapes of H100, H200 and B200:",
         "",
         *table(["kernel", "regime", "rows", "fitted"], regimes(rows)),
-        "The expert layer by the loads that were timed:",
+        "The expert layer by the loads that were timed ([without the loads, the same model errs by "
+        "8.7 / 13.6](../../benchmarks/results/grouped_gemm.md); [what skew gains and "
+        "costs](../../benchmarks/results/skew.md)):",
         "",
         *table(["loads", "rows", "roofline", "fitted"], loads(rows)),
     ]  # fmt: skip
     for op in ("grouped_gemm", "gemm", "attention_decode"):
         drawn = picture(rows, op)
         lines += [f"![{NAMES[op]}, predicted against measured](../images/{drawn.name})", ""]
+    lines += [
+        "## Between ranks",
+        "",
+        "Inside a node, median error in percent on message sizes (all-reduce, gather, scatter, "
+        "all-to-all of NCCL) or (width, k, experts, tokens) that no fit saw. All-reduce is the "
+        "engine's own in a CUDA graph; dispatch and combine are DeepEP's low-latency and normal "
+        "kernels, or the engine's. DeepEP across nodes was measured on H200 only. [Every table, "
+        "and pools](../../benchmarks/results/collectives.md).",
+        "",
+        *table(["GPU", "engine", *(name.replace("_", "-") for name in BETWEEN)], collectives()),
+    ]
     if (folder / "transfer.json").is_file():
         shown, devices = transfers(folder / "transfer.json")
         lines += [

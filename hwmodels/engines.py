@@ -78,16 +78,14 @@ def priced_by(cluster: Cluster, engine: str | None, mode: PriceMode = "fitted") 
             )
         return cluster
     name = cluster.device.name
-    fitted = engines_of(name).get(engine)
-    if mode == "transfer" or (mode == "auto" and fitted is None):
-        cluster = _with_fits(cluster, _known(TRANSFER, engine))
-    elif mode == "fitted":
-        cluster = _with_fits(cluster, _known(name, engine))
-    elif fitted is not None:
-        cluster = _with_fits(cluster, fitted)
-    if mode == "measured" or (mode == "auto" and fitted is not None):
-        cluster = _with_tables(cluster, engine, strict=mode == "measured")
-    return cluster
+    known = engine in engines_of(name)
+    if mode == "transfer" or (mode == "auto" and not known):
+        return _with_fits(cluster, TRANSFER, engine)
+    if known or mode == "fitted":
+        cluster = _with_fits(cluster, name, engine)
+    if mode == "fitted":
+        return cluster
+    return _with_tables(cluster, engine, strict=mode == "measured")
 
 
 def _with_tables(cluster: Cluster, engine: str, *, strict: bool) -> Cluster:
@@ -121,26 +119,29 @@ def load_fitted(path: Path) -> FittedFile:
 
 def engines_of(device: str) -> dict[str, EngineFits]:
     """Return the engines fitted for a catalog device; none if nobody has fitted it."""
+    return _fits_of(device).engines
+
+
+def _fits_of(device: str) -> FittedFile:
     path = fitted_path(device)
-    return {} if path is None else load_fitted(path).engines
+    return FittedFile(device=device, engines={}) if path is None else load_fitted(path)
 
 
-def _known(device: str, engine: str) -> EngineFits:
-    known = engines_of(device)
+def _with_fits(cluster: Cluster, fitted: str, engine: str) -> Cluster:
+    """Put an engine's fits, of one device or of all, in the place of what the cluster has."""
+    file = _fits_of(fitted)
+    known = file.engines
     if engine not in known:
         have = f"fitted are {', '.join(known)}" if known else "no engine is fitted for it"
         raise InputError(
-            f"engine: {engine!r} on device {device} -- {have} -- leave the engine out to take "
+            f"engine: {engine!r} on device {fitted} -- {have} -- leave the engine out to take "
             "engine-neutral parameters, or set prices: transfer"
         )
-    return known[engine]
-
-
-def _with_fits(cluster: Cluster, fits: EngineFits) -> Cluster:
-    """Put fits in the place of what the cluster has; what they lack stays."""
+    fits = known[engine]
     first, *others = cluster.device.processors.items()
     processors = {first[0]: _with_kernels(first[1], fits), **dict(others)}
-    device = cluster.device.model_copy(update={"processors": processors})
+    sources = cluster.device.sources | file.sources
+    device = cluster.device.model_copy(update={"processors": processors, "sources": sources})
     port = cluster.node.interconnect
     inside = fits.interconnect if port is None else fits.by_link.get(port.standard, {})
     port = _with_costs(port, inside | fits.interconnect)

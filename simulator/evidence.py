@@ -108,7 +108,7 @@ def _source(work: Work, cluster: Cluster) -> tuple[str, str]:
         cited = "; ".join(cluster.sources.get(key, key) for key in keys)
         return f"copy {op.source} to {op.target}", cited
     if isinstance(op, (AllToAll, AllReduce, AllGather, ReduceScatter)):
-        name = _TRANSFERS[type(op)]
+        name = op.phase if isinstance(op, AllToAll) and op.phase else _TRANSFERS[type(op)]
         links = [cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None]
         sources = {k.cost(name).source for k in links if k is not None}
         return name, "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
