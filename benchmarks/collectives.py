@@ -110,11 +110,12 @@ def report() -> str:
               "rows | line | fitted rows | held out |", "|" + "---|" * 11]  # fmt: skip
     for fit, e in found:
         t = fit.table
-        lines.append(
-            f"| {t.source.device} | {t.source.engine} | {t.kernel} | {t.op} | {t.dtype} | "
-            f"{t.level} | {sum(d.rows for d in t.dropped)} | {len(e['held out'])} | {cell(e['line'])} | "
-            f"{cell(e['fitted'])} | {cell(e['held out'])} |"
-        )
+        cells = [
+            t.source.device, t.source.engine, t.kernel, t.op, t.dtype, t.level,
+            f"{sum(d.rows for d in t.dropped)}", f"{len(e['held out'])}",
+            *(cell(e[name]) for name in ("line", "fitted", "held out")),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

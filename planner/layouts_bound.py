@@ -168,7 +168,8 @@ class BoundMaker:
                 tokens=least,
             )
             work = price(kernel, self._no_fixed).seconds.mean()
-            one = replace(kernel, tokens_per_expert=path.counts[:1], tokens=least[:1])
+            own = path.counts.shape[1] // layout.ep  # the busiest rank has a token at least
+            one = replace(kernel, tokens_per_expert=np.eye(1, own, dtype=np.int64), tokens=0)
             launch = price(one, self.cluster).seconds[0] - price(one, self._no_fixed).seconds[0]
             self._experts[key] = float(launch), float(work)
         launch_time, work_time = self._experts[key]

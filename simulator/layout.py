@@ -14,13 +14,11 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from basis.dtypes import slice_width
 from basis.errors import InputError
 from simulator.parallelism import AttentionLayout, ExpertLayout, Parallelism
 from simulator.placement import Placement
 from traces.model_spec import Attention, ModelSpec
-
-BLOCK = {"mxfp4": 32, "nvfp4": 16, "fp8_block": 128, "int4": 128}
-"""Elements along a matrix's row that share a scale; an expert's slice is padded to whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +177,7 @@ class Layout:
 
     def slice_width(self, model: ModelSpec) -> int:
         """Inner width of one expert on one rank, padded to whole blocks of the format."""
-        width, block = model.expert_width // self.etp, BLOCK.get(model.expert_dtype, 1)
-        return width if self.etp == 1 else -(-width // block) * block
+        return slice_width(model.expert_dtype, model.expert_width, self.etp)
 
     def vocabulary(self, model: ModelSpec) -> int:
         """Rows of the embedding and of the head on one rank; the last is padded."""

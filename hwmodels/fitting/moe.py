@@ -1,5 +1,7 @@
 """Fit the cost of expert layers on a measured table, and say how it does on unseen shapes."""
 
+from typing import Any
+
 import numpy as np
 
 from hwmodels.figures import HeldOut
@@ -63,7 +65,6 @@ def _rows(features: dict[str, Floats], rows: np.ndarray) -> dict[str, Floats]:
 
 
 def _with(numbers: dict[str, float], heights: tuple[int, ...]) -> GroupedGemmCost:
-    """Return a cost of SI numbers; times are told apart by the fields that are fixed times."""
-    times = GroupedGemmCost.FIXED
-    stated = {n: f"{v!r} s" if n in times else v for n, v in numbers.items()}
-    return GroupedGemmCost.model_validate({**stated, "tile_rows": heights})
+    """Return a cost of numbers that are in SI already: nothing is read from text."""
+    values: dict[str, Any] = dict(numbers)
+    return GroupedGemmCost.model_construct(**values, tile_rows=heights)

@@ -69,7 +69,7 @@ class GroupedGemmCost(PhysicalCost):
     tile_columns: int = Field(default=128, ge=1)
     """Tile width (columns of the weights)."""
 
-    FIXED: ClassVar[tuple[str, ...]] = ("launch", "slot", "step", "sort", "wave")
+    FIXED: ClassVar[tuple[str, ...]] = ("launch", "slot", "step", "sort")
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter(name="launch", low=2e-6, high=3e-4, start=20e-6),
         Parameter(name="slot", low=1e-11, high=1e-5, start=1e-8),

@@ -8,10 +8,12 @@ made them, see `hwmodels.silicon.loads`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from basis.dtypes import slice_width
 from hwmodels.cluster import load_device
 from hwmodels.kernels.base import Limits, PhysicalCost
 from hwmodels.ops import Floats, GroupedGemm
@@ -154,6 +156,13 @@ def _built(rows: pd.DataFrame, dtype: str, limits: Limits, *, grouped: bool) -> 
     )
 
 
+def _width(row: "pd.Series[Any]", dtype: str) -> int:
+    """Return the width of a rank's experts; loaders pad slices of mxfp4 to whole blocks."""
+    width, slices = int(row["inter_size"]), int(row["moe_tp_size"])
+    padded = dtype if dtype.startswith("mxfp4") else "bf16"
+    return max(slice_width(padded, width, slices), 1)
+
+
 def _draws(group: pd.DataFrame, dtype: str, *, grouped: bool) -> list[GroupedGemm]:
     """Return one column of operations for each draw of the loads; rows of one geometry."""
     first = group.iloc[0]
@@ -168,7 +177,7 @@ def _draws(group: pd.DataFrame, dtype: str, *, grouped: bool) -> list[GroupedGem
         GroupedGemm(
             tokens_per_expert=np.stack([c[draw] for c in counts]),
             hidden=int(first["hidden_size"]),
-            width=max(int(first["inter_size"]) // int(first["moe_tp_size"]), 1),
+            width=_width(first, dtype),
             gated=geometry(group.iloc[:1])[0] not in UNGATED,
             weight_dtype=dtype,
             activation_dtype="fp8" if dtype == "mxfp4_mxfp8" else "bf16",

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels import Cluster, load_cluster
+from hwmodels.engines import priced_by
 from planner.baselines import contiguous, round_robin
 from planner.layouts import Candidate, enumerate_layouts
 from planner.layouts_bound import BoundMaker, Thin
@@ -39,6 +40,9 @@ CLUSTERS = (
     load_cluster("hgx-h200-8x2"),
     load_cluster("hgx-h200-8x2", gpus=12),
     load_cluster("gb200-nvl72", gpus=18),
+    priced_by(load_cluster("hgx-h100-8", gpus=4), "sglang"),
+    priced_by(load_cluster("hgx-h200-8x2", gpus=12), "vllm"),
+    priced_by(load_cluster("gb200-nvl72", gpus=18), "trtllm"),
 )
 
 
@@ -82,7 +86,7 @@ def both(
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_never_above_the_simulated_time(data: st.DataObject) -> None:
     model = spec(data.draw(st.sampled_from(sorted(MODELS))))
     cluster = data.draw(st.sampled_from(CLUSTERS))
