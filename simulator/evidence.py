@@ -108,9 +108,12 @@ def _source(work: Work, cluster: Cluster) -> tuple[str, str]:
         cited = "; ".join(cluster.sources.get(key, key) for key in keys)
         return f"copy {op.source} to {op.target}", cited
     if isinstance(op, (AllToAll, AllReduce, AllGather, ReduceScatter)):
-        name = op.phase if isinstance(op, AllToAll) and op.phase else _TRANSFERS[type(op)]
-        links = [cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None]
-        sources = {k.cost(name).source for k in links if k is not None}
+        ports = (cluster.node.interconnect, cluster.network if cluster.num_nodes > 1 else None)
+        links = [link for link in ports if link is not None]
+        name = _TRANSFERS[type(op)]
+        if isinstance(op, AllToAll) and any(op.phase in link.costs for link in links):
+            name = op.phase or name
+        sources = {link.cost(name).source for link in links}
         return name, "; ".join(sorted(cluster.sources.get(s, s) for s in sources))
     processor = cluster.processor(work.on)
     kind, dtype, _ = kernel_of(op, processor)
