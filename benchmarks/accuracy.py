@@ -228,7 +228,7 @@ def page(rows: pd.DataFrame, folder: Path, served: Path) -> str:
         "| `prices:` | rests on | use it for | error |",
         "|---|---|---|---|",
         "| (no engine) | five-parameter rooflines per GPU and format over two engines | a first "
-        "answer, and hardware without tables | 10 to 25 % in the median by kernel |",
+        "answer, and hardware without tables | 8 to 30 % in the median by kernel |",
         "| `fitted` | physical models per (GPU, engine, format, kernel) | any shape on a measured "
         "GPU | see below |",
         "| `measured` | the engine's table itself, between its points | shapes that were "
@@ -250,9 +250,9 @@ def page(rows: pd.DataFrame, folder: Path, served: Path) -> str:
         "By regime, fitted, unseen shapes of H100, H200 and B200:",
         "",
         *table(["kernel", "regime", "rows", "fitted"], regimes(rows)),
-        "The expert layer by the loads that were timed ([without the loads, the same model errs by "
-        "8.7 / 13.6](../../benchmarks/results/grouped_gemm.md); [what skew gains and "
-        "costs](../../benchmarks/results/skew.md)):",
+        "The expert layer by the loads that were timed ([the same model without the loads]"
+        "(../../benchmarks/results/grouped_gemm.md); [what skew gains and costs]"
+        "(../../benchmarks/results/skew.md)):",
         "",
         *table(["loads", "rows", "roofline", "fitted"], loads(rows)),
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hwmodels.cluster import load_device
 from hwmodels.kernels.base import Limits
 from hwmodels.ops import AttentionDecode, AttentionPrefill, Floats
-from hwmodels.silicon.table import Dropped, Table
+from hwmodels.silicon.table import Dropped, Table, too_slow
 from hwmodels.silicon.wheel import ENGINES, newest, read, source
 
 Phase = Literal["context", "generation"]
@@ -44,8 +44,6 @@ FORMATS = {"bfloat16": "bf16", "float16": "bf16", "fp8": "fp8"}
 """Formats by the tables' names; others are left out."""
 SHAPE = ("num_heads", "num_key_value_heads", "head_dim", "window")
 SWEPT = ("batch_size", "context", "step")
-_SLOWEST = 10.0  # a row may take so many times its bound
-_GRACE = 10e-6  # of which each call has so much beyond the roofline, s
 
 
 def attention_tables(device: str, engines: Sequence[str] = ENGINES) -> list[Table]:
@@ -191,7 +189,7 @@ def make_table(
         column = make(group)
         least, roofline = bounds(column, limits(device), limits(device, dtype).flops)
         fast = seconds < least
-        late = seconds > _SLOWEST * (roofline + _GRACE)
+        late = too_slow(seconds, roofline)
         beats, slow = beats + int(fast.sum()), slow + int(late.sum())
         group = group[~fast & ~late]
         if len(group):

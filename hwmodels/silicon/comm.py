@@ -18,7 +18,7 @@ from hwmodels.kernels.base import Limits, PhysicalCost
 from hwmodels.kernels.collective import CollectiveCost, ExchangeLoad, Load, RingLoad
 from hwmodels.link import ONE_WAY_RATE, Standard, Transfer
 from hwmodels.ops import Floats, Op
-from hwmodels.silicon.table import Dropped, Table
+from hwmodels.silicon.table import Dropped, Table, too_slow
 from hwmodels.silicon.wheel import ENGINES, newest, read, source
 
 PORTS: dict[str, tuple[Standard, float]] = {
@@ -42,8 +42,6 @@ NAMES: dict[str, Transfer] = {
 }
 FORMATS = {"half": ("bf16", 2), "bfloat16": ("bf16", 2), "int8": ("int8", 1)}
 """Format key and bytes of an element; others are left out."""
-_SLOWEST = 10.0  # a row may take so many times its bound
-_GRACE = 10e-6  # of which each call has so much beyond the bytes, s
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,7 +197,7 @@ def believable(
     """
     seconds = frame["seconds"].to_numpy(dtype=np.float64)
     fast = seconds < load.least / rate
-    slow = seconds > _SLOWEST * (np.asarray(longer) * load.port / rate + _GRACE)
+    slow = too_slow(seconds, np.asarray(longer) * load.port / rate)
     dropped = tuple(_counted({"faster than the link": fast, "ten times its bound": slow}))
     return frame[~(fast | slow)].reset_index(drop=True), dropped
 

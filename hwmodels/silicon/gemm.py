@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hwmodels.cluster import load_device
 from hwmodels.kernels.base import Limits
 from hwmodels.ops import Floats, Gemm
-from hwmodels.silicon.table import Dropped, Table
+from hwmodels.silicon.table import Dropped, Table, too_slow
 from hwmodels.silicon.wheel import ENGINES, newest, read, source
 
 FORMATS = {
@@ -37,10 +37,6 @@ ONE_COPY = {("vllm", "fp8_block"), ("vllm", "nvfp4")}
 """Engine and format of rows that repeat one layer."""
 SHAPE = ("n", "k")
 SWEPT = ("m",)
-SLOWEST = 10.0
-"""A row may take so many times its bound ..."""
-GRACE = 10e-6
-"""... to which a call's launches add so much, s."""
 _SMALLEST = 0.1  # share of a kernel's calls, the smallest, that shows the host's time
 
 
@@ -116,7 +112,7 @@ def _believable(
     bound: Floats = np.maximum(products, op.bytes_moved() / limits.bandwidth)
     rules = {
         "faster than the peak rates, its weights stayed in the cache": seconds < least,
-        "over ten times its bound": seconds > SLOWEST * (bound + GRACE),
+        "over ten times its bound": too_slow(seconds, bound),
     }
     if host_timed:
         small = bound <= np.quantile(bound, _SMALLEST)

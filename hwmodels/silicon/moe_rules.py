@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hwmodels.kernels.base import Limits
 from hwmodels.ops import GroupedGemm
-from hwmodels.silicon.table import Dropped
+from hwmodels.silicon.table import Dropped, too_slow
 
 Mask = NDArray[np.bool_]
 
@@ -22,8 +22,6 @@ GROUP_LIMITED = (7168, 2048, 256, 8)
 GROUPED_KERNEL = "min_latency"
 """In the name of TensorRT-LLM's kernel that was timed behind a group-limited gate; without the
 weighted sum of its results."""
-_SLOWEST = 10.0  # a row may take so many times its bound
-_GRACE = 10e-6  # of which each call has so much beyond the roofline, s
 _SLOWER = 2.0  # a call may take so many times as long as a larger one
 _UNTUNED = 0.1  # a run with a larger share of such rows had a fallback kernel
 
@@ -112,4 +110,4 @@ def unbelievable(
     passing = 2 * 2 * draws[0].hidden * draws[0].shown()  # bf16 rows in and out of the layer
     least = np.maximum(compute, (weights - limits.cache) / limits.bandwidth)
     bound = np.maximum(compute, (moved + passing) / limits.bandwidth)
-    return seconds < least, seconds > _SLOWEST * (bound + _GRACE)
+    return seconds < least, too_slow(seconds, bound)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from basis import InputError
 from hwmodels.kernels.base import Limits
 from hwmodels.ops import AttentionDecode, AttentionPrefill, Gemm, GroupedGemm
-from hwmodels.silicon.table import Dropped, Table
+from hwmodels.silicon.table import Dropped, Table, too_slow
 from hwmodels.silicon.wheel import Source
 
 SCHEMA = 1
@@ -28,7 +28,6 @@ _CLASSES: dict[str, type[Any]] = {
     c.__name__: c for c in (Gemm, GroupedGemm, AttentionDecode, AttentionPrefill)
 }
 _LOADS = "tokens_per_expert"
-_GRACE = 10e-6  # what each call may have beyond the roofline, s
 _STATED = ("device", "engine", "version", "package", "op", "operation", "dtype", "kernel")
 
 
@@ -92,7 +91,7 @@ def read_table(path: Path, limits: Limits, *, slowest: float = 10.0) -> Table:
     least = np.maximum(compute, (moved - limits.cache) / limits.bandwidth)
     bound = np.maximum(compute, moved / limits.bandwidth)
     fast = valid & (seconds < least)
-    late = valid & (seconds > slowest * (bound + _GRACE))
+    late = valid & too_slow(seconds, bound, slowest)
     kept = valid & ~fast & ~late
     if not kept.any():
         raise InputError(

@@ -20,6 +20,10 @@ from hwmodels.ops import Floats, Op
 from hwmodels.silicon.wheel import Source
 
 HELD_OUT = 4  # one shape in so many
+SLOWEST = 10.0
+"""A row may take so many times its bound ..."""
+GRACE = 10e-6
+"""... to which launches of a call add so much, s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,11 @@ def limits_of(table: Table) -> Limits:
     attention = table.op.startswith(("attention", "mla"))
     dtype = table.parts[0].activation_dtype if attention else table.dtype  # type: ignore[union-attr]
     return load_device(table.source.device).limits(dtype)
+
+
+def too_slow(seconds: Floats, bound: Floats, slowest: float = SLOWEST) -> NDArray[np.bool_]:
+    """Return [n] which rows take so much longer than their bound that something else was timed."""
+    return np.asarray(seconds > slowest * (bound + GRACE))
 
 
 def shape_hash(frame: pd.DataFrame, columns: Sequence[str]) -> NDArray[np.uint64]:
