@@ -123,7 +123,10 @@ def _scenario(scenario: Scenario, step: Workload) -> dict[str, Any]:
         "cluster_summary": (
             f"{cluster.num_ranks} x {cluster.device.name} on {cluster.num_nodes} node"
             f"{'s' if cluster.num_nodes > 1 else ''}"
+            f"{f', kernels of {file.engine} ({file.prices})' if file.engine else ''}"
         ),
+        "engine": file.engine,
+        "prices": file.prices if file.engine else None,
         "ranks_per_node": cluster.ranks_per_node,
         "workload": {"phase": step.phase, "tokens_per_step": step.tokens},
         "redundant_experts": file.plan.redundant_experts,

@@ -37,6 +37,9 @@ def test_a_plan_under_an_engine_keeps_its_promises(
     plan = json.loads(capsys.readouterr().out)
     proof = plan["certificate"]
     assert proof["bound"] <= proof["objective"] * (1 + 1e-9)
+    assert plan["scenario"]["engine"] == "sglang"
+    assert plan["scenario"]["cluster_summary"].endswith("kernels of sglang (fitted)")
+    assert "kernels of sglang (fitted)" in (out / "report.html").read_text()
     causes = {item["what"]: item["evidence"] for item in plan["evidence"]}
     assert causes["grouped_gemm: experts"] == "fitted"
 
