@@ -14,6 +14,7 @@ import numpy as np
 import moeplan
 from basis.errors import InputError
 from basis.schema import read_data
+from hwmodels.engines import engines_of
 from moeplan.scenario import Scenario
 from moeplan.verdict import judge
 from planner.plan import Plan
@@ -106,6 +107,16 @@ def read_plan(path: Path) -> dict[str, Any]:
     return data
 
 
+def _kernels(engine: str | None, prices: str, device: str) -> str:
+    """Say whose kernels priced it, and whose could."""
+    if engine:
+        return f"kernels of {engine} ({prices})"
+    fitted = ", ".join(engines_of(device))
+    return "engine-neutral kernels" + (
+        f" (fitted on measurements: engine: {fitted})" * bool(fitted)
+    )
+
+
 def _scenario(scenario: Scenario, step: Workload) -> dict[str, Any]:
     model, trace, cluster, file = scenario.model, scenario.trace, scenario.cluster, scenario.file
     return {
@@ -123,7 +134,7 @@ def _scenario(scenario: Scenario, step: Workload) -> dict[str, Any]:
         "cluster_summary": (
             f"{cluster.num_ranks} x {cluster.device.name} on {cluster.num_nodes} node"
             f"{'s' if cluster.num_nodes > 1 else ''}"
-            f"{f', kernels of {file.engine} ({file.prices})' if file.engine else ''}"
+            f", {_kernels(file.engine, file.prices, cluster.device.name)}"
         ),
         "engine": file.engine,
         "prices": file.prices if file.engine else None,

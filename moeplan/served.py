@@ -6,7 +6,7 @@ its own runs held out of every fit of end-to-end data.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,9 +91,15 @@ def profiles(rows: Sequence[ServedRow], clusters: Clusters | None = None) -> lis
 
 
 def leave_one_cell_out(
-    found: Sequence[Profile],
+    found: Sequence[Profile], distrusted: Collection[str] = ()
 ) -> tuple[list[Prediction], dict[str, Overhead]]:
     """Predict each cell with the overhead fitted on all other cells of its engine.
+
+    Parameters
+    ----------
+    found : sequence of Profile
+    distrusted : collection of str
+        Names of runs that no fit sees; they are predicted all the same.
 
     Returns
     -------
@@ -102,7 +108,8 @@ def leave_one_cell_out(
     overheads : dict
         By cell: what its prediction used.
     """
-    used = {cell: overhead_without(found, cell) for cell in sorted({p.row.cell for p in found})}
+    fitted = [p for p in found if p.row.name not in distrusted]
+    used = {cell: overhead_without(fitted, cell) for cell in sorted({p.row.cell for p in found})}
     own = {cell: _has_sibling(found, cell) for cell in used}
     predictions = []
     for p in found:

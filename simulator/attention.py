@@ -61,7 +61,7 @@ def _gqa(r: Rows) -> list[Work]:
     return [
         _project(r, "qkv", q + k + v, r.model.hidden_size),
         r.stream("rope and kv write", Stage.ATTENTION, 2 * (q + k + v), r.all_layers),
-        _score(
+        *_scores(
             r,
             num_kv_heads=a.num_kv_heads,
             head_dim=a.head_dim,
@@ -89,7 +89,7 @@ def _mla(r: Rows) -> list[Work]:
         return [
             *works,
             _project(r, "q absorb", heads * rank, nope),
-            _score(
+            *_scores(
                 r,
                 num_kv_heads=1,
                 head_dim=rank + rope,
@@ -102,7 +102,7 @@ def _mla(r: Rows) -> list[Work]:
     return [
         *works,
         _project(r, "kv up", heads * (nope + a.v_head_dim), rank),
-        _score(
+        *_scores(
             r,
             num_kv_heads=heads,
             head_dim=nope + rope,
@@ -113,13 +113,10 @@ def _mla(r: Rows) -> list[Work]:
     ]
 
 
-def _score(
+def _scores(
     r: Rows, *, num_kv_heads: int, head_dim: int, v_head_dim: int, kv_elements: int, kv_dtype: str
-) -> Work:
-    """Scores, softmax and values; the only kernel of attention that sees the context."""
-    loads, shape = r.loads, r.loads.context.shape
-    tokens = np.broadcast_to(loads.tokens[:, None, :], shape).ravel()
-    context = loads.context.ravel()
+) -> list[Work]:
+    """Scores, softmax and values, the only kernel that sees the context: a work for each window."""
     heads: _Heads = {
         "num_heads": r.attention.num_heads,
         "num_kv_heads": num_kv_heads,
@@ -129,12 +126,21 @@ def _score(
         "kv_dtype": kv_dtype,
         "activation_dtype": r.dtype,
     }
+    windows = r.model.attention.windows
+    return [_score(r, heads, window) for window in dict.fromkeys(windows)]
+
+
+def _score(r: Rows, heads: _Heads, window: int | None) -> Work:
+    """Scores of the layers with this window."""
+    layers = tuple(at for at, w in enumerate(r.model.attention.windows) if w == window)
+    keys = r.loads.context[:, layers]
+    tokens = np.broadcast_to(r.loads.tokens[:, None, :], keys.shape).ravel()
     op: Op
-    if loads.decode:
-        op = AttentionDecode(tokens=tokens, context=context, **heads)
+    if r.loads.decode:
+        op = AttentionDecode(tokens=tokens, context=keys.ravel(), window=window or 0, **heads)
     else:
-        op = AttentionPrefill(tokens=tokens, pairs=context, **heads)
-    return Work(name="attention", stage=Stage.ATTENTION, op=op, shape=shape, layers=r.all_layers)
+        op = AttentionPrefill(tokens=tokens, pairs=keys.ravel(), window=window or 0, **heads)
+    return Work(name="attention", stage=Stage.ATTENTION, op=op, shape=keys.shape, layers=layers)
 
 
 def _project(r: Rows, name: str, n: int, k: int) -> Work:

@@ -210,8 +210,15 @@ def test_windows_cut_the_context_that_is_read(
     placement = contiguous(model, 2)  # homes 0, 1, 0, 1
     loads = _loads(model, trace, placement, decode=True, context=[1, 3, 10, 5])
     assert loads.context[0].tolist() == [[1 + 4, 3 + 4], [1 + 10, 3 + 5], [1 + 2, 2 + 2]]
-    (scores,) = [w for w in lower(model, loads) if isinstance(w.op, AttentionDecode)]
-    assert np.reshape(scores.op.context, scores.shape).tolist() == loads.context.tolist()  # type: ignore[union-attr]
+    scores = [w for w in lower(model, loads) if isinstance(w.op, AttentionDecode)]
+    assert sorted(w.layers for w in scores) == [(0,), (1,), (2,)]
+    for work in scores:  # one for each window, which the kernel is told
+        (layer,) = work.layers
+        assert isinstance(work.op, AttentionDecode)
+        assert work.op.window == (4, 0, 2)[layer]
+        assert np.reshape(work.op.context, work.shape)[:, 0].tolist() == [
+            loads.context[0, layer].tolist()
+        ]
 
 
 def test_prefill_counts_causal_pairs_and_one_logit_row_per_prompt(
