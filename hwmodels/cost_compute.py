@@ -52,9 +52,11 @@ def kernel_of(op: ComputeOp, on: Processor) -> tuple[Kernel, str, str]:
         case Route():
             return "route", op.activation_dtype, op.activation_dtype
         case Permute():
-            return "permute", "bf16", "bf16"
+            own = op.back and "unpermute" in on.kernels
+            return "unpermute" if own else "permute", "bf16", "bf16"
         case Elementwise():
-            return "stream", "bf16", "bf16"
+            part: Kernel = op.part if op.part and op.part in on.kernels else "stream"
+            return part, "bf16", "bf16"
 
 
 def price_compute(op: ComputeOp, on: Processor, bandwidth: Figure[float]) -> Price:

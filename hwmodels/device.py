@@ -38,10 +38,16 @@ Kernel = Literal[
     "mla_prefill",
     "route",
     "permute",
+    "unpermute",
     "stream",
+    "norm",
+    "rope",
+    "activation",
+    "embedding",
 ]
-"""``permute`` gathers and scatters rows; ``stream`` is elementwise work, in order. The ``mla``
-kernels are optional: without them latent attention takes the ``attention`` ones."""
+"""``permute`` gathers and scatters rows; ``stream`` is elementwise work, in order. Optional are the
+``mla`` kernels (else ``attention`` ones), ``unpermute`` (else ``permute``) and the kinds of
+elementwise work from ``norm`` on (else ``stream``)."""
 FlopFormat = Literal["fp32", "tf32", "bf16", "fp8", "fp4", "int8"]
 
 _ASSUMED = KernelCost(

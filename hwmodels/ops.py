@@ -247,6 +247,9 @@ class Permute(_Columns):
     rows: Column
     row_bytes: Column
     """Bytes of one row."""
+    back: bool = False
+    """False: tokens are copied to the rows of their experts. True: rows are weighed and added up
+    per token. A processor may have a kernel of its own for the second (``unpermute``)."""
 
     def __post_init__(self) -> None:
         self._settle("rows", "row_bytes")
@@ -448,12 +451,22 @@ class Copy(_Columns):
         self._settle("bytes")
 
 
+Part = Literal["norm", "rope", "activation", "embedding"]
+"""Kinds of elementwise work: residual add and norm; rotary embedding and cache write; the
+activation of a feed-forward network; the lookup of embeddings."""
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(_Columns):
     """Norms, residual additions, activations: bytes through memory and nothing else."""
 
     bytes: Column
     """Bytes read plus written."""
+    part: Part | None = None
+    """What it is, where a processor may have a kernel of its own for it; None: a plain stream."""
+    width: int = 0
+    """Elements that a token reads plus writes, for whoever executes it; 0: not stated."""
 
     def __post_init__(self) -> None:
         self._settle("bytes")

@@ -60,7 +60,7 @@ def _gqa(r: Rows) -> list[Work]:
     )
     return [
         _project(r, "qkv", q + k + v, r.model.hidden_size),
-        r.stream("rope and kv write", Stage.ATTENTION, 2 * (q + k + v), r.all_layers),
+        r.stream("rope and kv write", Stage.ATTENTION, 2 * (q + k + v), r.all_layers, part="rope"),
         *_scores(
             r,
             num_kv_heads=a.num_kv_heads,
@@ -83,7 +83,7 @@ def _mla(r: Rows) -> list[Work]:
     if a.q_lora_rank:
         works.append(_project(r, "q up", queries, a.q_lora_rank))
     written = 2 * (queries + rank + rope)
-    works.append(r.stream("rope and kv write", Stage.ATTENTION, written, every))
+    works.append(r.stream("rope and kv write", Stage.ATTENTION, written, every, part="rope"))
     if r.loads.decode:
         # per-head products as one GEMM of the same FLOPs and weight bytes
         return [

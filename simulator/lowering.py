@@ -44,7 +44,7 @@ def lower(model: ModelSpec, loads: StepLoads) -> list[Work]:
     rows = Rows(model, loads)
     return [
         *_arrive(rows),
-        rows.stream("embedding", Stage.EMBED, 2 * model.hidden_size, (-1,)),
+        rows.stream("embedding", Stage.EMBED, 2 * model.hidden_size, (-1,), part="embedding"),
         *rows.over_tp(AllReduce, "embedding all-reduce", (-1,)),
         *attention(rows),
         *_dense_ffn(rows),
@@ -117,7 +117,10 @@ def _experts(r: Rows) -> list[Work]:
         top_k=model.top_k,
         activation_dtype=r.dtype,
     )
-    moved = Permute(rows=per_slot.sum(axis=1), row_bytes=np.array([model.comm_size * r.element]))
+    row_bytes = np.array([model.comm_size * r.element])
+    moved, back = (
+        Permute(rows=per_slot.sum(axis=1), row_bytes=row_bytes, back=back) for back in (False, True)
+    )
     grouped = GroupedGemm(
         tokens_per_expert=per_slot,
         hidden=model.comm_size,
@@ -137,7 +140,7 @@ def _experts(r: Rows) -> list[Work]:
         *_gather(r, AllGather, "dispatch all-gather", Stage.DISPATCH),
         each("permute", Stage.EXPERTS, moved),
         each("experts", Stage.EXPERTS, grouped),
-        each("unpermute", Stage.EXPERTS, moved),
+        each("unpermute", Stage.EXPERTS, back),
         *_gather(r, ReduceScatter, "combine reduce-scatter", Stage.COMBINE),
         *r.exchange("combine", Stage.COMBINE, loads.sent.swapaxes(-1, -2), moe),
         *(

@@ -18,6 +18,7 @@ from hwmodels.ops import (
     Elementwise,
     Gemm,
     Op,
+    Part,
     Phase,
     ReduceScatter,
     Stage,
@@ -101,20 +102,23 @@ class Rows:
         self,
         name: str,
         stage: Stage,
-        elements: float,
+        elements: int,
         layers: tuple[int, ...],
         tokens: NDArray[np.int64] | None = None,
+        *,
+        part: Part,
     ) -> Work:
         """Elementwise work that reads or writes ``elements`` activations per token."""
         count = self.tokens if tokens is None else tokens
-        op = Elementwise(bytes=count * (elements * self.element))
+        op = Elementwise(bytes=count * (elements * self.element), part=part, width=elements)
         return self.work(name, stage, op, layers)
 
     def norm(
         self, name: str, layers: tuple[int, ...], tokens: NDArray[np.int64] | None = None
     ) -> Work:
         """Residual add and norm in one pass: read both, write both."""
-        return self.stream(name, Stage.OTHER, 4 * self.model.hidden_size, layers, tokens)
+        width = 4 * self.model.hidden_size
+        return self.stream(name, Stage.OTHER, width, layers, tokens, part="norm")
 
     def ffn(
         self,
@@ -128,7 +132,7 @@ class Rows:
         hidden, up = self.model.hidden_size, (2 if self.model.gated else 1) * width
         return [
             self.gemm(f"{name} up", stage, up, hidden, layers, tokens),
-            self.stream(f"{name} activation", stage, up + width, layers, tokens),
+            self.stream(f"{name} activation", stage, up + width, layers, tokens, part="activation"),
             self.gemm(f"{name} down", stage, hidden, width, layers, tokens),
         ]
 
