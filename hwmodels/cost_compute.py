@@ -78,9 +78,19 @@ def price_compute(op: ComputeOp, on: Processor, bandwidth: Figure[float]) -> Pri
     """
     name, dtype, multiplied = kernel_of(op, on)
     cost, evidence = on.kernel(name, dtype)
+    if isinstance(op, GroupedGemm) and op.cached:
+        bandwidth = _near(op, on, bandwidth)
     evidence = weakest([evidence, *peaks(on.flops_for(multiplied), bandwidth)])
     limits = on.limits(multiplied, bandwidth.value)
     return price_by(op, cost, evidence, limits)
+
+
+def _near(op: GroupedGemm, on: Processor, bandwidth: Figure[float]) -> Figure[float]:
+    """Return what weights are read at that fit into the processor's cache and were just there."""
+    if on.cache is None or on.cache_bandwidth is None:
+        return bandwidth
+    fits = op.weight_bytes().max(initial=0) <= on.cache.value
+    return on.cache_bandwidth if fits else bandwidth
 
 
 def price_by(op: ComputeOp, cost: CostModel, evidence: Evidence, limits: Limits) -> Price:

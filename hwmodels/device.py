@@ -128,6 +128,11 @@ class Processor(Strict):
     cache: Figure[Bytes] | None = None
     """Last-level cache between the units and the memory (L2 of an NVIDIA GPU, Infinity Cache,
     L3 of a CPU), bytes over all units."""
+    cache_bandwidth: Figure[BytesPerSecond] | None = None
+    """What the units read from this cache, bytes per second; none: as from the memory."""
+    near_fixed: Figure[float] | None = None
+    """Share of the fixed times that is left in steps whose layers move less than the cache holds:
+    code and tables of a kernel are then still there at its next call; none: all of them."""
     clock: Figure[Hertz] | None = None
     """Clock at which the peak is stated (boost), Hz."""
     flops_per_clock_per_unit: dict[FlopFormat, float] = Field(default_factory=dict)
@@ -167,10 +172,11 @@ class Processor(Strict):
     def flops_for(self, dtype: str) -> Figure[float]:
         """Dense peak for weights stored as ``dtype``, FLOP/s.
 
-        A processor without that format multiplies in bf16 after conversion.
+        A processor without that format multiplies in bf16 after conversion; fp32 without tensor
+        cores for it (tf32) multiplies in fp32.
         """
         table: dict[Any, Figure[float]] = dict(self.flops)
-        return table.get(DTYPES[dtype].compute, table["bf16"])
+        return table.get(DTYPES[dtype].compute, table.get(dtype, table["bf16"]))
 
     def limits(self, dtype: str, bandwidth: float) -> Limits:
         """Peaks that a kernel's shares refer to, multiplying as for weights stored as ``dtype``.
@@ -199,6 +205,10 @@ class Processor(Strict):
             return by_dtype[dtype], by_dtype[dtype].evidence
         return by_dtype["bf16"], weakest([by_dtype["bf16"].evidence, "transfer"])
 
+    def near(self) -> Self:
+        """Return the processor in steps whose layers move less than its cache holds."""
+        return self if self.near_fixed is None else self.scaled(fixed=self.near_fixed.value)
+
     def scaled(self, *, rates: float = 1.0, fixed: float = 1.0) -> Self:
         """Return a copy with bandwidth and FLOP/s times ``rates``, launches times ``fixed``."""
         kernels = {
@@ -206,8 +216,14 @@ class Processor(Strict):
             for name, by_dtype in self.kernels.items()
         }
         flops = {dtype: figure.times(rates) for dtype, figure in self.flops.items()}
-        bandwidth = None if self.bandwidth is None else self.bandwidth.times(rates)
-        return self.model_copy(update={"flops": flops, "kernels": kernels, "bandwidth": bandwidth})
+        reads = {
+            name: None if figure is None else figure.times(rates)
+            for name, figure in (
+                ("bandwidth", self.bandwidth),
+                ("cache_bandwidth", self.cache_bandwidth),
+            )
+        }
+        return self.model_copy(update={"flops": flops, "kernels": kernels, **reads})
 
 
 class Device(Strict):

@@ -276,6 +276,8 @@ class GroupedGemm(_Columns):
     tokens: Column | None = None
     """[n] tokens that the rank is shown, those without an expert of its own too (with an
     all-gather every rank sees all); None: each (token, expert) pair comes by itself."""
+    cached: bool = False
+    """Whether the processor has just copied these weights, so that its cache holds what fits."""
 
     def __post_init__(self) -> None:
         counts = np.asarray(self.tokens_per_expert)
@@ -465,11 +467,11 @@ class Elementwise(_Columns):
     """Bytes read plus written."""
     part: Part | None = None
     """What it is, where a processor may have a kernel of its own for it; None: a plain stream."""
-    width: int = 0
-    """Elements that a token reads plus writes, for whoever executes it; 0: not stated."""
+    tokens: Column = 0
+    """Tokens it is for, each with an equal share of the bytes; 0: not stated."""
 
     def __post_init__(self) -> None:
-        self._settle("bytes")
+        self._settle("bytes", "tokens")
 
     def bytes_moved(self) -> Floats:
         """Bytes read plus written."""

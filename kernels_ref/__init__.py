@@ -50,6 +50,14 @@ from kernels_ref.decoder_weights import (
     expert_slots,
 )
 from kernels_ref.dense import AddNorm, add_rms_norm, linear, rms_norm, rope, rope_table, silu_mul
+from kernels_ref.exchange_sweep import (
+    ExchangeCase,
+    ExchangeRow,
+    check_sweep,
+    exchange_cases,
+    exchange_ops,
+    sweep_exchange,
+)
 from kernels_ref.expert_cache import Access, ExpertCache, recorded_policy
 from kernels_ref.expert_file import ExpertFile, write_expert_file
 from kernels_ref.expert_homes import FileHome, MemoryHome
@@ -66,9 +74,19 @@ from kernels_ref.experts import (
     zero_experts,
 )
 from kernels_ref.machine import Machine, last_level_cache, pinned, this_machine
-from kernels_ref.measure import Noise, Timing, measure_interleaved, noise, refuse_noisy, time_calls
+from kernels_ref.measure import (
+    Noise,
+    Timing,
+    measure_interleaved,
+    noise,
+    refuse_noisy,
+    time_after,
+    time_calls,
+)
 from kernels_ref.mla import mla_decode, mla_prefill
 from kernels_ref.operands import Operands, Rotation
+from kernels_ref.parallel_steps import MovableExperts, PlacedSteps, time_parallel_steps
+from kernels_ref.peaks import Peaks, measure_peaks
 from kernels_ref.permute import Permutation, combine, permute, sort_by_expert
 from kernels_ref.prepare import Prepared, prepare
 from kernels_ref.processes import crowding, run_processes
@@ -84,34 +102,47 @@ from kernels_ref.router import (
     RaggedRouting,
     Routing,
     route_group_limited,
+    route_recorded,
     route_sigmoid,
     route_top_p,
     route_topk,
     route_topk_logits,
 )
+from kernels_ref.shared_memory import SharedMemory, sweep_shared_memory
 from kernels_ref.stage_clock import StageClock, StepSeconds
+from kernels_ref.sweep import Case, Sample, draw_cases, measure_cases
+from kernels_ref.sweep_tables import tables_of
+from kernels_ref.tier_sweep import Fetch, NearUse, sweep_fetches, sweep_near_uses, time_lookup
 
 __all__ = [
     "Access",
     "AddNorm",
     "CachedExperts",
     "CapacityRouting",
+    "Case",
     "Decoder",
     "Exchange",
+    "ExchangeCase",
+    "ExchangeRow",
     "ExpertCache",
     "ExpertChoice",
     "ExpertFile",
+    "Fetch",
     "FfnWeights",
     "FileHome",
     "KvCache",
     "LayerWeights",
     "Machine",
     "MemoryHome",
+    "MovableExperts",
+    "NearUse",
     "Noise",
     "Operands",
     "PaddedRows",
     "ParallelExperts",
+    "Peaks",
     "Permutation",
+    "PlacedSteps",
     "Prepared",
     "Quantised",
     "RaggedRouting",
@@ -119,7 +150,9 @@ __all__ = [
     "Rotation",
     "RoutedExperts",
     "Routing",
+    "Sample",
     "Segment",
+    "SharedMemory",
     "SlotWeights",
     "StageClock",
     "StepSeconds",
@@ -135,6 +168,7 @@ __all__ = [
     "attention_prefill",
     "check_runs",
     "check_slot_map",
+    "check_sweep",
     "combine",
     "combine_ranks",
     "copy_host",
@@ -142,7 +176,10 @@ __all__ = [
     "dequantise",
     "dequantised_linear",
     "dispatch",
+    "draw_cases",
     "drop_over_capacity",
+    "exchange_cases",
+    "exchange_ops",
     "expert_record",
     "expert_records",
     "expert_slots",
@@ -153,7 +190,9 @@ __all__ = [
     "grouped_ffn",
     "last_level_cache",
     "linear",
+    "measure_cases",
     "measure_interleaved",
+    "measure_peaks",
     "mla_decode",
     "mla_prefill",
     "noise",
@@ -175,6 +214,7 @@ __all__ = [
     "rope_table",
     "route_expert_choice",
     "route_group_limited",
+    "route_recorded",
     "route_sigmoid",
     "route_top_p",
     "route_topk",
@@ -183,8 +223,16 @@ __all__ = [
     "shared_experts",
     "silu_mul",
     "sort_by_expert",
+    "sweep_exchange",
+    "sweep_fetches",
+    "sweep_near_uses",
+    "sweep_shared_memory",
+    "tables_of",
     "this_machine",
+    "time_after",
     "time_calls",
+    "time_lookup",
+    "time_parallel_steps",
     "to_device",
     "unpack_int4",
     "write_expert_file",

@@ -23,7 +23,7 @@ from kernels_ref.decoder_experts import Forced, RoutedExperts
 from kernels_ref.decoder_kv import KvCache, Segment
 from kernels_ref.decoder_weights import FfnWeights, Ids, LayerWeights, Weights, check_runs
 from kernels_ref.dense import add_rms_norm, linear, rms_norm, rope, rope_table, silu_mul
-from kernels_ref.router import route_topk
+from kernels_ref.router import route_recorded, route_topk
 from kernels_ref.stage_clock import StageClock
 from traces.model_spec import ModelSpec
 
@@ -286,14 +286,14 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Slots and combine weights, ``[T, K]`` each."""
         assert layer.router_ED is not None
-        top_k, renormalise = self.model.top_k, self._renormalise
-        routing = route_topk(x_TD, layer.router_ED, top_k, renormalise=renormalise)
-        if not step.slots:
-            return self._slot_of_expert[at][routing.topk_ids_TK], routing.topk_weights_TK
-        weights_TK = routing.probs_TE.gather(1, step.experts[at])
-        if renormalise:
-            weights_TK /= weights_TK.sum(dim=-1, keepdim=True)
-        return step.slots[at], weights_TK
+        renormalise = self._renormalise
+        if step.slots:
+            router_ED, experts_TK = layer.router_ED, step.experts[at]
+            return step.slots[at], route_recorded(
+                x_TD, router_ED, experts_TK, renormalise=renormalise
+            )[1]
+        routing = route_topk(x_TD, layer.router_ED, self.model.top_k, renormalise=renormalise)
+        return self._slot_of_expert[at][routing.topk_ids_TK], routing.topk_weights_TK
 
     def _ffn_inner(self, name: str, stage: Stage, ffn: FfnWeights, x_TD: Tensor) -> Tensor:
         gate_up_TG = linear(x_TD, ffn.w13_GD)

@@ -205,12 +205,13 @@ class CachedExperts:
         tokens = torch.bincount(slot_ids_TK.reshape(-1), minlength=self._experts).tolist()
         access = cache.access(layer, [e for e, count in enumerate(tokens) if count])
         misses = sorted(access.misses, key=lambda expert: -tokens[expert])
+        order = [*access.hits, *misses]
+        places_TK = self._places(order, slot_ids_TK)
         clock.lap(Stage.FETCH, "cache lookup")
         arrival = cache.fetch(layer, misses[0]) if misses else None
         clock.lap(Stage.FETCH, "fetch")
 
-        order = [*access.hits, *misses]
-        permutation = sort_by_expert(self._places(order, slot_ids_TK), len(order))
+        permutation = sort_by_expert(places_TK, len(order))
         x_RD = permute(x_TD, permutation)
         rows = dict(zip(order, torch.split(x_RD, [tokens[e] for e in order]), strict=True))
         clock.lap(Stage.EXPERTS, "permute")

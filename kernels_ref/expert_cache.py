@@ -219,6 +219,17 @@ class ExpertCache:
             if (layer, expert) not in self._staying:
                 self._pool(layer).leave((layer, expert))
 
+    def pass_by(self, layer: int, used: Sequence[int]) -> None:
+        """Access, fetch and release without running an expert: fills a cache ahead of steps.
+
+        Parameters and errors as `access`.
+        """
+        access = self.access(layer, used)
+        self.release(layer, access.hits)
+        for expert in access.misses:
+            self.fetch(layer, expert)()
+            self.release(layer, [expert])
+
     @torch.inference_mode()  # of the thread: it is not inherited
     def _load_beside(self, layer: int, expert: int, slot: int) -> None:
         self._load(layer, expert, self._slots_PN[slot])

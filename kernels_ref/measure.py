@@ -20,6 +20,7 @@ from basis.errors import InputError
 from kernels_ref.machine import this_machine
 
 _LEAST_SAMPLES = 5
+_BLOCKS = 12  # of the repeats of `noise`
 _MOST_CALLS = 1 << 20  # of one sample: an end for a clock that stands still
 _LEAST_STREAM = 64 * 2**20  # bytes of the stream that `noise` times, if the caches are small
 _GEMM = 512  # rows and columns of the product that `noise` times
@@ -74,9 +75,26 @@ class Noise:
     """Numbers copied from memory to memory, more than the caches hold."""
 
     @property
+    def floors(self) -> tuple[float, float]:
+        """Relative spread of the medians of blocks of repeats: of the product, of the stream.
+
+        Medians over several repeats are what results are made of; neighbours that share the memory
+        of a virtual machine move single repeats much further.
+        """
+        product, stream = (_of_blocks(each.samples) for each in (self.product, self.stream))
+        return product, stream
+
+    @property
     def floor(self) -> float:
-        """Larger of the two relative spreads (see `Timing.floor`)."""
-        return max(self.product.floor, self.stream.floor)
+        """Larger of the two."""
+        return max(self.floors)
+
+
+def _of_blocks(samples: NDArray[np.float64]) -> float:
+    """Half the interquartile range of the blocks' medians, over their median."""
+    blocks = np.array_split(samples, min(_BLOCKS, len(samples)))
+    low, middle, high = np.quantile([np.median(block) for block in blocks], [0.25, 0.5, 0.75])
+    return float((high - low) / 2 / middle)
 
 
 def time_calls(
@@ -127,6 +145,48 @@ def time_calls(
         ):
             samples.append(watch(run, calls) / calls)
     return Timing(samples=np.array(samples), calls=calls)
+
+
+def time_after(
+    run: Run,
+    before: Run,
+    *,
+    device: str = "cpu",
+    repeats: int = 5,
+    clock: Clock = time.perf_counter_ns,
+) -> Timing:
+    """Time single calls, each after something that is not timed.
+
+    Parameters
+    ----------
+    run
+        The work; what it returns is dropped.
+    before
+        Runs before each call: what a step does in between, such as passing other data through the
+        caches.
+    device, clock
+        As `time_calls`.
+    repeats
+        Samples.
+
+    Returns
+    -------
+    Timing
+        Of one call per sample; the first is thrown away.
+
+    Raises
+    ------
+    ValueError
+        When ``repeats`` is below 5.
+    """
+    _enough("repeats", repeats)
+    samples = []
+    with _quiet(device):
+        watch = _watch(device, clock)
+        for _ in range(repeats + 1):
+            before()
+            samples.append(watch(run, 1))
+    return Timing(samples=np.array(samples[1:]), calls=1)
 
 
 def measure_interleaved(
@@ -212,10 +272,11 @@ def refuse_noisy(measured: Noise, limit: float = 0.05) -> None:
     """
     if measured.floor <= limit:
         return
+    product, stream = measured.floors
     raise InputError(
         "this machine is too noisy to measure: repeats of a fixed product spread by "
-        f"{measured.product.floor:.1%}, of a memory stream by {measured.stream.floor:.1%} (half "
-        f"the interquartile range over the median) -- allowed is {limit:.1%} -- close other "
+        f"{product:.1%}, of a memory stream by {stream:.1%} (medians of blocks: half the "
+        f"interquartile range over the median) -- allowed is {limit:.1%} -- close other "
         "programs, pin fewer threads than there are cores, wait and try again; or allow more, "
         "and read every result with this spread"
     )

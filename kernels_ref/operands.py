@@ -80,10 +80,22 @@ class Operands:
         self.cache_bytes = cache_bytes
         self.limit_bytes = limit_bytes
         self._buffers: dict[tuple[torch.dtype, bool], _Buffer] = {}
+        self._given: list[Tensor] = []
 
-    def activations(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return a new tensor of standard normal numbers."""
-        return torch.randn(shape, dtype=dtype, device=self.device)
+    def activations(self, *shape: int, dtype: torch.dtype, fresh: bool = True) -> Tensor:
+        """Return a new tensor of standard normal numbers.
+
+        ``fresh`` says that the kernel before writes it in a step (see `take_given`).
+        """
+        made = torch.randn(shape, dtype=dtype, device=self.device)
+        if fresh:
+            self._given.append(made)
+        return made
+
+    def take_given(self) -> tuple[Tensor, ...]:
+        """Return the fresh activations that were made since this was asked last."""
+        given, self._given = tuple(self._given), []
+        return given
 
     def rotate(
         self,

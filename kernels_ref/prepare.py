@@ -30,17 +30,34 @@ from kernels_ref.attention import attention_decode_ragged, attention_prefill
 from kernels_ref.dense import linear, silu_mul
 from kernels_ref.experts import grouped_ffn
 from kernels_ref.operands import Operands, Rotation
-from kernels_ref.router import route_topk
+from kernels_ref.permute import combine, permute, sort_by_expert
+from kernels_ref.prepare_parts import PARTS
+from kernels_ref.router import route_recorded
 
 _Typed = Gemm | GroupedGemm | Route | AttentionDecode | AttentionPrefill
+_RESERVED = 1.5  # of the mean context, the room that a request has in the cache
+_CHOICES, _EXPERTS = (4, 2, 1), 32  # of the routing that sorts rows: nothing depends much on them
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Prepared:
     """One operation with its data; the memory goes when this and the `Operands` are dropped."""
 
-    def __init__(self, call: Callable[..., Any], operands: Rotation) -> None:
-        self._call, self._operands = call, operands
+    def __init__(
+        self, call: Callable[..., Any], operands: Rotation, activations: tuple[Tensor, ...]
+    ) -> None:
+        self._call, self._operands, self._activations = call, operands, activations
+
+    def touch(self) -> None:
+        """Bring the activations back into the cache, as the kernel before has in a step.
+
+        On the CPU without torch, whose code is then as cold as it is there.
+        """
+        for each in self._activations:
+            if each.device.type == "cpu":
+                each.view(torch.int16).numpy().max()
+            else:
+                each.mul_(1)
 
     def run(self) -> Any:
         """Execute the operation once, on the next set of operands; its result."""
@@ -75,10 +92,11 @@ def prepare(
     """Make one row of an operation executable.
 
     Weights and caches rotate when cold: those of Gemm (`linear`), of GroupedGemm (`grouped_ffn`;
-    slots without rows are left out), of Route (`route_topk`, renormalised), of AttentionDecode
-    (`attention_decode_ragged`; contexts equal up to one) and the prefix of AttentionPrefill
-    (`attention_prefill` of equal prompts, or of one chunk). Permute gathers every row once, in
-    random order; Elementwise is one addition that reads half of the bytes and writes half. Copy
+    slots without rows are left out), of Route (`route_recorded`, renormalised), of AttentionDecode
+    (`attention_decode_ragged`; contexts from half to one and a half of the mean) and the prefix of
+    AttentionPrefill (`attention_prefill` of equal prompts, or of one chunk). Permute sorts random
+    choices and gathers the rows (`permute`), or adds them up again (`combine`); Elementwise is the
+    kernel of its part, without one an addition that reads half of the bytes and writes half. Copy
     goes from one rotating place to another; to a CUDA device from page-locked host memory.
 
     Parameters
@@ -114,9 +132,10 @@ def prepare(
         raise ValueError(
             f"row {row} -- {type(op).__name__} has rows 0 to {len(op) - 1} -- pick one"
         )
+    operands.take_given()
     work = _MAKERS[type(op)](op, row, operands, dtype)
     rotation = operands.rotate(work.shapes, work.dtype, cold=cold, on_host=work.on_host)
-    return Prepared(work.call, rotation)
+    return Prepared(work.call, rotation, operands.take_given())
 
 
 def _gemm(op: Gemm, row: int, operands: Operands, _: str) -> _Work:
@@ -143,15 +162,17 @@ def _grouped(op: GroupedGemm, row: int, operands: Operands, _: str) -> _Work:
 def _route(op: Route, row: int, operands: Operands, _: str) -> _Work:
     (tokens,), kind = _whole(op, row, "tokens"), _one_dtype(op)
     x_TD = operands.activations(tokens, op.hidden, dtype=kind)
+    recorded_TK = torch.argsort(torch.rand(tokens, op.experts), dim=1)[:, : op.top_k]
+    recorded_TK = recorded_TK.to(operands.device)
 
     def call(w_ED: Tensor) -> object:
-        return route_topk(x_TD, w_ED, op.top_k, renormalise=True)
+        return route_recorded(x_TD, w_ED, recorded_TK, renormalise=True)
 
     return _Work(call, ((op.experts, op.hidden),), kind)
 
 
 def _decode(op: AttentionDecode, row: int, operands: Operands, _: str) -> _Work:
-    """Contexts of equal length, the remainder spread by one; windows are applied in them already.
+    """Contexts from half to one and a half of the mean; windows are applied in them already.
 
     A latent is key and, in its first channels, value.
     """
@@ -162,10 +183,11 @@ def _decode(op: AttentionDecode, row: int, operands: Operands, _: str) -> _Work:
             f"row {row} of AttentionDecode: context {context} of {batch} tokens -- at least one "
             "key each, the token's own -- raise it"
         )
-    lengths = [context // batch + (request < context % batch) for request in range(batch)]
+    lengths = _lengths(batch, context)
     q_BHC = operands.activations(batch, op.num_heads, op.head_dim, dtype=kind)
-    keys = (batch, op.num_kv_heads, op.head_dim, lengths[0])
-    values = (batch, op.num_kv_heads, lengths[0], op.v_head_dim)
+    room = _room(context // batch)
+    keys = (batch, op.num_kv_heads, op.head_dim, room)
+    values = (batch, op.num_kv_heads, room, op.v_head_dim)
 
     def grouped(keys_BGCL: Tensor, values_BGLV: Tensor) -> Tensor:
         return attention_decode_ragged(q_BHC, keys_BGCL, values_BGLV, lengths)
@@ -181,16 +203,19 @@ def _prefill(op: AttentionPrefill, row: int, operands: Operands, _: str) -> _Wor
     _check_cache(op, row)
     batch, queries, before = _prompts(tokens, pairs, op.window, row)
     q_BSHC = operands.activations(batch, queries, op.num_heads, op.head_dim, dtype=kind)
-    keys = (batch, before + queries, op.num_kv_heads, op.head_dim)
-    values = (*keys[:3], op.v_head_dim)
+    keys = (batch, op.num_kv_heads, op.head_dim, before + queries)
+    values = (batch, op.num_kv_heads, before + queries, op.v_head_dim)
 
-    def call(k_BLGC: Tensor, v_BLGV: Tensor) -> Tensor:
-        return attention_prefill(q_BSHC, k_BLGC, v_BLGV, window=op.window)
+    def call(keys_BGCL: Tensor, values_BGLV: Tensor) -> Tensor:
+        """One request after the other, on the cache as decode has it."""
+        tensors = (q_BSHC, keys_BGCL.permute(0, 3, 1, 2), values_BGLV.transpose(1, 2))
+        requests = zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
+        return torch.cat([attention_prefill(q, k, v, window=op.window) for q, k, v in requests])
 
     if before:
         return _Work(call, (keys, values), kind)
-    k_BLGC, v_BLGV = (operands.activations(*shape, dtype=kind) for shape in (keys, values))
-    return _Work(lambda: call(k_BLGC, v_BLGV), (), kind)  # projected just before
+    keys_BGCL, values_BGLV = (operands.activations(*s, dtype=kind) for s in (keys, values))
+    return _Work(lambda: call(keys_BGCL, values_BGLV), (), kind)  # projected just before
 
 
 def _permute(op: Permute, row: int, operands: Operands, dtype: str) -> _Work:
@@ -200,13 +225,33 @@ def _permute(op: Permute, row: int, operands: Operands, dtype: str) -> _Work:
             f"row {row} of Permute: row_bytes {row_bytes} -- whole numbers of {dtype} "
             f"({kind.itemsize} bytes each) -- change it, or the dtype"
         )
-    x_SD = operands.activations(rows, row_bytes // kind.itemsize, dtype=kind)
-    order_S = torch.randperm(rows, device=operands.device)
-    return _Work(lambda: x_SD.index_select(0, order_S), (), kind)
+    choices = next(k for k in _CHOICES if rows % k == 0)
+    tokens, width = rows // choices, row_bytes // kind.itemsize
+    ids_TK = torch.randint(_EXPERTS, (tokens, choices), device=operands.device)
+    if op.back:
+        order = sort_by_expert(ids_TK, _EXPERTS)
+        y_SD, weights_TK = (
+            operands.activations(*shape, dtype=kind) for shape in ((rows, width), (tokens, choices))
+        )
+        return _Work(lambda: combine(y_SD, weights_TK, order), (), kind)
+    x_TD = operands.activations(tokens, width, dtype=kind)
+
+    def call() -> Tensor:
+        """Sort, gather, and tell the host how many rows each expert has."""
+        order = sort_by_expert(ids_TK, _EXPERTS)
+        order.counts_E.tolist()
+        return permute(x_TD, order)
+
+    return _Work(call, (), kind)
 
 
 def _elementwise(op: Elementwise, row: int, operands: Operands, dtype: str) -> _Work:
     (moved,), kind = _whole(op, row, "bytes"), _torch_dtype(dtype)
+    tokens = _integer(op, row, "tokens", np.asarray(op.tokens)[row])
+    if op.part and tokens:
+        width = round(moved / (tokens * kind.itemsize))
+        call, shapes = PARTS[op.part](tokens, width, operands, kind)
+        return _Work(call, shapes, kind)
     x_N = operands.activations(_numbers(moved / 2, kind), dtype=kind)
     y_N = torch.empty_like(x_N)
     return _Work(lambda: torch.add(x_N, 1, out=y_N), (), kind)
@@ -281,6 +326,24 @@ def _refuse_empty(op: Op, row: int, name: str, number: int) -> None:
             f"row {row} of {type(op).__name__}: {name} 0, nothing to execute -- at least 1 -- "
             "leave the row out"
         )
+
+
+def _lengths(batch: int, context: int) -> list[int]:
+    """Return lengths of requests that came at different times, in random order, with this sum."""
+    mean = context / batch
+    drawn = np.random.default_rng(batch).permutation(np.linspace(0.5, 1.5, batch + 2)[1:-1])
+    ends = np.round(np.cumsum(drawn * mean)).astype(np.int64)
+    ends[-1] = context
+    lengths = np.maximum(np.diff(ends, prepend=0), 1)
+    while (over := int(lengths.sum()) - context) > 0:  # of contexts of a token or two
+        longest = np.argsort(-lengths)[:over]
+        lengths[longest] -= lengths[longest] > 1
+    return lengths.tolist()
+
+
+def _room(length: int) -> int:
+    """Return the tokens that a cache has room for, at a mean length."""
+    return -(-int(_RESERVED * length + 1) // 64) * 64
 
 
 def _numbers(size: float, dtype: torch.dtype) -> int:

@@ -79,6 +79,34 @@ def route_topk(x_TD: Tensor, w_ED: Tensor, top_k: int, *, renormalise: bool) -> 
     return Routing(ids_TK, weights_TK, probs_TE)
 
 
+def route_recorded(
+    x_TD: Tensor, w_ED: Tensor, recorded_TK: Tensor, *, renormalise: bool
+) -> tuple[Tensor, Tensor]:
+    """Route in earnest, then let a recording choose: its experts, with their real probabilities.
+
+    Everything that `route_topk` computes is computed, so that it takes its time.
+
+    Parameters
+    ----------
+    x_TD, w_ED
+        As for `route_topk`.
+    recorded_TK
+        Experts that the recording chose, int64 ``[T, K]``.
+    renormalise
+        Whether a token's weights sum to one.
+
+    Returns
+    -------
+    tuple of Tensor
+        The recorded experts and their combine weights, ``[T, K]`` each.
+    """
+    routing = route_topk(x_TD, w_ED, recorded_TK.shape[1], renormalise=renormalise)
+    weights_TK = routing.probs_TE.gather(1, recorded_TK)
+    if renormalise:
+        weights_TK /= weights_TK.sum(dim=-1, keepdim=True)
+    return recorded_TK, weights_TK
+
+
 def route_topk_logits(
     x_TD: Tensor, w_ED: Tensor, top_k: int, *, bias_E: Tensor | None = None
 ) -> Routing:

@@ -10,9 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from basis.errors import InfeasibleError, InputError, MoeplanError
 from moeplan.engines import ENGINES
+from moeplan.sections import SECTIONS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,22 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="catalog names or YAML files; all of the catalog without; exit code 2 on errors",
     )
 
-    calibrate = _command(commands, "calibrate", "fit cost models on measured tables")
-    calibrate.add_argument(
-        "--from",
-        choices=("silicon",),
-        required=True,
-        dest="origin",
-        help="silicon: the tables of aiconfigurator-core (pip install 'moeplan[silicon]')",
-    )
-    calibrate.add_argument(
-        "--device", nargs="+", metavar="NAME", help="catalog devices; all without"
-    )
-    calibrate.add_argument("--engine", nargs="+", metavar="NAME", help="engines; all without")
-    calibrate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    calibrate.add_argument(
-        "--rows", type=Path, metavar="DIR", help="write every row, measured and predicted (Parquet)"
-    )
+    _calibrate(commands)
+    _validate(commands)
 
     export = _command(commands, "export", "write a plan as the file that an engine loads")
     export.add_argument("plan", type=Path, help="plan.json")
@@ -95,6 +83,73 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", "plan the bundled example")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
     return parser
+
+
+def _calibrate(commands: Any) -> None:
+    """Options of the two kinds of calibration: this machine, and the engines' tables."""
+    calibrate = _command(commands, "calibrate", "fit cost models to this machine, or to tables")
+    calibrate.add_argument(
+        "--device",
+        nargs="+",
+        metavar="NAME",
+        help="cpu or cuda: measure this machine; with --from silicon catalog devices, all without",
+    )
+    calibrate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    calibrate.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="pinned threads of a rank (default 1)"
+    )
+    calibrate.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="that products are measured in"
+    )
+    calibrate.add_argument(
+        "--noisy", action="store_true", help="go on where repeats spread by more than 5 %%"
+    )
+    calibrate.add_argument(
+        "--from",
+        choices=("silicon",),
+        dest="origin",
+        help="silicon: the tables of aiconfigurator-core (pip install 'moeplan[silicon]')",
+    )
+    calibrate.add_argument("--engine", nargs="+", metavar="NAME", help="engines; all without")
+    calibrate.add_argument(
+        "--rows", type=Path, metavar="DIR", help="write every row, measured and predicted (Parquet)"
+    )
+
+
+def _validate(commands: Any) -> None:
+    """Options of validation: measured here and now, or by others."""
+    validate = _command(
+        commands, "validate", "measure and predict the same work; exit code 1 if they disagree"
+    )
+    validate.add_argument(
+        "scenario", type=Path, nargs="?", help="scenario YAML; the bundled small decoder without"
+    )
+    validate.add_argument(
+        "--machine",
+        type=Path,
+        default=Path("machine"),
+        metavar="DIR",
+        help="what calibrate --device wrote (default machine)",
+    )
+    validate.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="PART", help=f"of {', '.join(SECTIONS)}"
+    )
+    validate.add_argument(
+        "--bound", type=float, default=0.10, metavar="SHARE", help="median |error| that passes"
+    )
+    validate.add_argument(
+        "--rounds", type=int, metavar="N", help="interleaved repeats, instead of each part's own"
+    )
+    validate.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FILE",
+        help="compare with runs of vLLM, SGLang, llama-bench or a CSV instead of measuring",
+    )
+    validate.add_argument(
+        "--deployment", default="contiguous", metavar="NAME|FILE", help="of the runs"
+    )
+    validate.add_argument("--out", type=Path, metavar="DIR", help="write result and pictures here")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +183,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         json.dump(result, sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
-    return 2 if result.get("errors") else 0  # only a check of files counts errors
+    if result.get("errors"):  # only a check of files counts them
+        return 2
+    return 1 if result.get("failed") else 0  # sections of a validation
 
 
 def _command(

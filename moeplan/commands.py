@@ -13,7 +13,7 @@ from hwmodels import catalog_names, check_hardware, load_hardware
 from moeplan import console, views
 from moeplan.asked import facts_of
 from moeplan.compare_view import render_comparison
-from moeplan.demo import demo_scenario
+from moeplan.demo import bundled
 from moeplan.engines import export_plan
 from moeplan.plan_command import make_plan_files
 from moeplan.plan_file import read_plan
@@ -47,7 +47,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """Plan the bundled example."""
-    return make_plan_files(open_scenario(demo_scenario()), options)
+    return make_plan_files(open_scenario(bundled("demo.yaml")), options)
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,10 +138,19 @@ def hardware_check(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def calibrate(options: argparse.Namespace) -> dict[str, Any]:
-    """Fit cost models on measured tables."""
-    from moeplan import calibrate_command  # readers and optimisers, which nothing else needs
+    """Fit cost models to this machine, or on measured tables."""
+    from moeplan import calibrate_command, calibrate_machine  # what nothing else needs
 
-    return calibrate_command.calibrate(options)
+    if options.origin == "silicon":
+        return calibrate_command.calibrate(options)
+    return calibrate_machine.calibrate_machine(options)
+
+
+def validate(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and predict the same work, or compare with others' runs."""
+    from moeplan import validate_command  # what nothing else needs
+
+    return validate_command.validate(options)
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:

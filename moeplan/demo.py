@@ -1,12 +1,12 @@
-"""Where the bundled example lies: in the wheel, or in a checkout's `examples` folder."""
+"""Where the bundled examples lie: in the wheel, or in a checkout's `examples` folder."""
 
 from pathlib import Path
 
 from basis.errors import InputError
 
 
-def demo_scenario() -> Path:
-    """Return the path of the bundled scenario.
+def bundled(name: str) -> Path:
+    """Return the path of a bundled scenario.
 
     Raises
     ------
@@ -14,7 +14,7 @@ def demo_scenario() -> Path:
         If the installation lost it.
     """
     here = Path(__file__).resolve().parent
-    for path in (here / "example" / "demo.yaml", here.parent / "examples" / "demo.yaml"):
+    for path in (here / "example" / name, here.parent / "examples" / name):
         if path.is_file():
             return path
     raise InputError(f"the bundled example is not beside {here} -- install moeplan again")

@@ -77,8 +77,16 @@ class Scenario:
         return step
 
 
-def open_scenario(path: Path, *, model: Path | None = None, trace: Path | None = None) -> Scenario:
-    """Read a scenario and its facts; ``model`` and ``trace`` replace those that it names.
+def open_scenario(
+    path: Path,
+    *,
+    model: Path | None = None,
+    trace: Path | None = None,
+    cluster: Path | None = None,
+) -> Scenario:
+    """Read a scenario and its facts; those that are given replace those that it names.
+
+    Of another ``cluster`` one rank is taken.
 
     Raises
     ------
@@ -89,17 +97,20 @@ def open_scenario(path: Path, *, model: Path | None = None, trace: Path | None =
     geometry = load_model(model or resolve(path.parent, file.model, "model"))
     routing = read_trace(trace or resolve(path.parent, file.trace, "trace"))
     check_against_model(routing, geometry)
-    cluster = open_cluster(file.cluster, path.parent, file.gpus, file.engine, file.prices)
+    if cluster is None:
+        hardware = open_cluster(file.cluster, path.parent, file.gpus, file.engine, file.prices)
+    else:
+        hardware = load_cluster(cluster, gpus=1)
     if file.plan.layouts == "dp_ep":  # other layouts have slots of their own
         slots = geometry.num_experts + file.plan.redundant_experts
-        check_slots(slots, geometry.num_experts, cluster.num_ranks)
+        check_slots(slots, geometry.num_experts, hardware.num_ranks)
     return Scenario(
         name=path.stem,
         file=file,
         folder=path.parent,
         model=geometry,
         trace=routing,
-        cluster=cluster,
+        cluster=hardware,
     )
 
 

@@ -112,9 +112,10 @@ class Offload(Strict):
     """Where experts run."""
     attention: str | None = None
     """Processor of decode attention, with the KV cache in its memory; none: the fast one."""
-    copy_engine: Literal["own", "shared"] = "own"
+    copy_engine: Literal["own", "shared", "none"] = "own"
     """Whether weights and activations on their way into the fast memory each have a copy engine,
-    or queue for one, first come first served (played by the event engine; one rank)."""
+    or queue for one, first come first served (played by the event engine; one rank); ``none``:
+    the processor copies weights itself, so that copies and kernels take turns (a CPU)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -155,7 +155,9 @@ class _Writer:
         for k in range(self.demand):
             one = d.tokens_at(d.fetched & (d.order == k)).sum(axis=1, keepdims=True)
             after = (("fetch", self.demand - 1 - k), *_PERMUTED)
-            works.append(self._work("fetched expert", resized(self.op, one), after))
+            near = self.offload.copy_engine == "none"  # what it copies passes through its cache
+            op = replace(resized(self.op, one), cached=near)
+            works.append(self._work("fetched expert", op, after))
         return works
 
     @property
@@ -261,11 +263,13 @@ class _Writer:
     def _copy(self, name: str, size: NDArray[np.float64], hop: Hop, after: After) -> Work:
         """Copy weights: into the fast memory, or on the way there."""
         op = Copy(bytes=size, source=hop[0], target=hop[1])
-        shared = self.offload.copy_engine == "shared" and hop[1] == self._fast
+        engine = self.offload.copy_engine
+        shared = engine == "shared" and hop[1] == self._fast
+        stream = Stream.FETCH if hop[1] == self._fast else Stream.STORAGE
         return replace(
             self._work(name, op, after),
             stage=Stage.FETCH,
-            stream=Stream.FETCH if hop[1] == self._fast else Stream.STORAGE,
+            stream=Stream.COMPUTE if engine == "none" else stream,
             resource=f"copies into {self._fast}" if shared else None,
         )
 

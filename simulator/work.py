@@ -102,7 +102,7 @@ class Rows:
         self,
         name: str,
         stage: Stage,
-        elements: int,
+        elements: float,
         layers: tuple[int, ...],
         tokens: NDArray[np.int64] | None = None,
         *,
@@ -110,7 +110,7 @@ class Rows:
     ) -> Work:
         """Elementwise work that reads or writes ``elements`` activations per token."""
         count = self.tokens if tokens is None else tokens
-        op = Elementwise(bytes=count * (elements * self.element), part=part, width=elements)
+        op = Elementwise(bytes=count * (elements * self.element), part=part, tokens=count)
         return self.work(name, stage, op, layers)
 
     def norm(

@@ -15,6 +15,13 @@ from hwmodels.kernels.attention_prefill import AttentionPrefillCost
 from hwmodels.kernels.gemm import GemmCost
 from hwmodels.kernels.grouped_gemm import GroupedGemmCost
 from hwmodels.kernels.included import Included
+from hwmodels.kernels.library import (
+    LibraryGemmCost,
+    LibraryRouteCost,
+    LibraryRowsCost,
+    LoopedAttentionCost,
+    LoopedExpertsCost,
+)
 from hwmodels.kernels.route import RouteCost
 from hwmodels.kernels.stream import StreamCost
 
@@ -35,6 +42,13 @@ _Prefill = Annotated[AttentionPrefillCost, Tag("attention_prefill")]
 _Stream = Annotated[StreamCost, Tag("stream")]
 _Route = Annotated[RouteCost, Tag("route")]
 _Attention = Annotated[AttentionKernels, Tag("attention_kernels")]
+_Library = (
+    Annotated[LibraryGemmCost, Tag("library_gemm")]
+    | Annotated[LibraryRouteCost, Tag("library_route")]
+    | Annotated[LibraryRowsCost, Tag("library_rows")]
+    | Annotated[LoopedExpertsCost, Tag("looped_experts")]
+    | Annotated[LoopedAttentionCost, Tag("looped_attention")]
+)
 
 
 class Fastest(CostModel):
@@ -65,6 +79,7 @@ KernelModel = Annotated[
     | _Attention
     | _Stream
     | _Route
+    | _Library
     | Annotated[Fastest, Tag("fastest")],
     Discriminator(_model),
 ]

@@ -18,15 +18,26 @@ import pyarrow.parquet as pq
 
 from basis import InputError
 from hwmodels.kernels.base import Limits
-from hwmodels.ops import AttentionDecode, AttentionPrefill, Gemm, GroupedGemm
+from hwmodels.ops import (
+    AttentionDecode,
+    AttentionPrefill,
+    Elementwise,
+    Floats,
+    Gemm,
+    GroupedGemm,
+    Permute,
+    Route,
+)
 from hwmodels.silicon.table import Dropped, Table, too_slow
 from hwmodels.silicon.wheel import Source
 
 SCHEMA = 1
 _KEY = b"moeplan"
 _CLASSES: dict[str, type[Any]] = {
-    c.__name__: c for c in (Gemm, GroupedGemm, AttentionDecode, AttentionPrefill)
+    c.__name__: c
+    for c in (Gemm, GroupedGemm, AttentionDecode, AttentionPrefill, Route, Permute, Elementwise)
 }
+_MEASURED = ("m", "n", "k", "tokens", "context", "pairs", "rows", "row_bytes", "bytes")
 _LOADS = "tokens_per_expert"
 _STATED = ("device", "engine", "version", "package", "op", "operation", "dtype", "kernel")
 
@@ -86,7 +97,7 @@ def read_table(path: Path, limits: Limits, *, slowest: float = 10.0) -> Table:
     rows = rows.iloc[order].reset_index(drop=True)
     seconds = rows["seconds"].to_numpy(dtype=np.float64)
     valid = np.isfinite(seconds) & (seconds > 0)
-    compute = np.concatenate([op.flops() for op in made]) / limits.flops
+    compute = np.concatenate([flops_of(op) for op in made]) / limits.flops
     moved = np.concatenate([op.bytes_moved() for op in made])
     least = np.maximum(compute, (moved - limits.cache) / limits.bandwidth)
     bound = np.maximum(compute, moved / limits.bandwidth)
@@ -139,9 +150,9 @@ def _read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             f"missing {missing} -- schema {SCHEMA} of {', '.join(_CLASSES)}"
         )
     rows = data.to_pandas(ignore_metadata=True)
-    fields = [f.name for f in dataclasses.fields(_CLASSES[about["operation"]])]
-    absent = [c for c in (*about["shape"], *about["swept"], *fields, "seconds") if c not in rows]
-    absent = [c for c in absent if c != "tokens" or about["operation"] != "GroupedGemm"]
+    fields = dataclasses.fields(_CLASSES[about["operation"]])
+    needed = [f.name for f in fields if f.default is not None]  # others may be left out
+    absent = [c for c in (*about["shape"], *about["swept"], *needed, "seconds") if c not in rows]
     if absent:
         raise InputError(f"{path}: column {absent[0]!r} is missing -- one for each field")
     return about, rows
@@ -161,7 +172,7 @@ def _columns(op: Any) -> pd.DataFrame:
 def _parts(rows: pd.DataFrame, kind: type[Any], path: Path) -> tuple[list[Any], np.ndarray]:
     """Return the rows as operations, and the order in which they come."""
     fields = [f.name for f in dataclasses.fields(kind) if f.name in rows]
-    columns = [n for n in ("m", "n", "k", "tokens", "context", "pairs", _LOADS) if n in fields]
+    columns = [n for n in (*_MEASURED, _LOADS) if n in fields]
     fixed = [n for n in fields if n not in columns]
     keys = rows[fixed].astype(str).agg("|".join, axis=1)
     if _LOADS in columns:
@@ -179,6 +190,11 @@ def _parts(rows: pd.DataFrame, kind: type[Any], path: Path) -> tuple[list[Any], 
             raise InputError(f"{path}: {error}") from None
         order.append(place)
     return parts, np.concatenate(order)
+
+
+def flops_of(op: Any) -> Floats:
+    """Return the FLOP of each row; none where nothing is multiplied."""
+    return np.asarray(op.flops()) if hasattr(op, "flops") else np.zeros(len(op))
 
 
 def _scalar(value: Any) -> Any:

@@ -177,8 +177,9 @@ def test_a_noisy_machine_is_refused():
         refuse_noisy(measured)
     assert str(caught.value) == (
         "this machine is too noisy to measure: repeats of a fixed product spread by 1.0%, of a "
-        "memory stream by 8.3% (half the interquartile range over the median) -- allowed is 5.0% "
-        "-- close other programs, pin fewer threads than there are cores, wait and try again; or "
+        "memory stream by 8.3% (medians of blocks: half the interquartile range over the median) "
+        "-- allowed is 5.0% -- close other programs, pin fewer threads than there are cores, wait "
+        "and try again; or "
         "allow more, and read every result with this spread"
     )
 

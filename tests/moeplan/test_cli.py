@@ -22,7 +22,14 @@ OPTIONS = {
     "hardware list": {"--json"},
     "hardware show": {"--json", "name"},
     "hardware check": {"--json", "name"},
-    "calibrate": {"--json", "--from", "--device", "--engine", "--out", "--rows"},
+    "calibrate": {
+        "--json", "--from", "--device", "--engine", "--out", "--rows", "--threads", "--dtype",
+        "--noisy",
+    },
+    "validate": {
+        "--json", "scenario", "--machine", "--only", "--bound", "--rounds", "--runs",
+        "--deployment", "--out",
+    },
     "export": {"--json", "plan", "--to", "--out"},
     "demo": {"--json", "--out"},
 }

@@ -489,3 +489,17 @@ def test_a_tier_that_overflows_is_refused_with_levers(run: Run, station: Cluster
     fewer = int(no.value.levers[0].split()[0])
     kept = (32 - fewer) // LAYERS
     run(resident=[list(range(kept))] * LAYERS, cluster=cluster)
+
+
+@pytest.mark.parametrize("home", ["host", "nvme"])
+def test_a_processor_that_copies_by_itself_takes_turns(run: Run, home: str) -> None:
+    plan = {"home": home, "cache": {"slots": 3}}
+    beside = run(**plan)
+    result = run(**plan, copy_engine="none")
+    streams = {i.stream for i in result.played.items if i.name in ("read", "fetch")}
+    assert streams == {Stream.COMPUTE}
+    # the same kernels and copies in the same order, one after the other
+    assert result.played.busy == pytest.approx(beside.played.busy)
+    assert result.step_times == pytest.approx(result.played.busy.sum(axis=(1, 2)))
+    assert (result.step_times > beside.step_times).all()
+    assert (result.decisions.residency.held == beside.decisions.residency.held).all()
