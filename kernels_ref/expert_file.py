@@ -5,6 +5,7 @@ where the file system lets them, and the file says of itself whether they do.
 A file is one block of header (JSON), then the records, each padded to whole blocks of 4096 bytes.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+_LARGE = 2**21  # bytes of a large page
 _BLOCK = 4096  # bytes; a multiple of every logical sector size, which direct reads must keep to
 _FORMAT = "moeplan experts 1"
 _DTYPES = {
@@ -164,7 +166,7 @@ class ExpertFile:
         try:
             header = _unpack(bytes(block), os.fstat(self._fd).st_size, self._path)
             self.tier = "disk" if direct and _bypasses_cache(self._fd, block) else "page cache"
-            self._buffer = memoryview(_pages(header.stride))
+            self._buffer = _large_pages(header.stride)
         except BaseException:
             self.close()
             raise
@@ -220,6 +222,23 @@ def _pages(size: int) -> mmap.mmap:
     """Page-aligned private memory whose pages are there from the start."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
     return mmap.mmap(-1, size, flags=flags)
+
+
+def _large_pages(size: int) -> memoryview:
+    """Private memory in large pages, where the system has them.
+
+    A direct read goes to the drive in pieces of contiguous memory. In pages of 4 KiB their number
+    is chance: a read of 3 MB took from 0.9 to 1.6 ms, from one buffer to the next.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    found = mmap.mmap(-1, -(-size // _LARGE) * _LARGE + _LARGE, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            found.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(found)) % _LARGE
+    buffer = memoryview(found)[start : start + size]
+    buffer[:] = bytes(size)  # its pages are there from the start
+    return buffer
 
 
 def _fill(fd: int, target: memoryview, offset: int) -> None:

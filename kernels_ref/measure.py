@@ -196,6 +196,7 @@ def measure_interleaved(
     device: str = "cpu",
     warmup: int = 1,
     shortest: float = 50e-6,
+    before: Run | None = None,
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
 ) -> tuple[Timing, ...]:
@@ -214,6 +215,8 @@ def measure_interleaved(
         As for `time_calls`.
     warmup
         Calls before each sample, not timed: the piece before left its own data in the caches.
+    before
+        Runs before each sample instead, which is then one call: what a step does in between.
     seed
         Of the orders.
 
@@ -231,11 +234,11 @@ def measure_interleaved(
     random, samples = np.random.default_rng(seed), np.empty((len(runs), rounds))
     with _quiet(device):
         watch = _watch(device, clock)
-        calls = [_calls(run, watch, warmup, shortest) for run in runs]
+        calls = [1 if before else _calls(run, watch, warmup, shortest) for run in runs]
         for round_ in range(rounds):
             for piece in random.permutation(len(runs)):
-                for _ in range(warmup):
-                    runs[piece]()
+                for prepare in [before] if before else [runs[piece]] * warmup:
+                    prepare()
                 samples[piece, round_] = watch(runs[piece], calls[piece]) / calls[piece]
     pairs = zip(samples, calls, strict=True)
     return tuple(Timing(samples=row, calls=count) for row, count in pairs)

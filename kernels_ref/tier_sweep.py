@@ -54,6 +54,9 @@ def sweep_fetches(
 ) -> tuple[Fetch, ...]:
     """Time fetches of several sizes from pageable memory and from files, all of them interleaved.
 
+    Between two fetches the processor works on other data, as it does in a step: what serves a drive
+    has then gone to sleep, and the caches are full of something else.
+
     Parameters
     ----------
     folder
@@ -94,7 +97,8 @@ def sweep_fetches(
                 _fetch(home_RN.__getitem__, len(home_RN), slots_PN, random),
                 _fetch(file.read, file.records, slots_PN, random),
             ]
-        timings = measure_interleaved(calls, rounds=rounds, seed=seed)
+        others = np.ones(max(2 * last_level_cache(), _BETWEEN) // _ITEM, dtype=np.float32)
+        timings = measure_interleaved(calls, rounds=rounds, before=others.max, seed=seed)
     both = np.repeat(sizes, 2).tolist()
     return tuple(
         Fetch(tier=tier, bytes=size, timing=timing)

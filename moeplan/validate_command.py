@@ -18,8 +18,10 @@ from rich.console import Console
 from basis.errors import InputError
 from hwmodels.cluster import Cluster, load_cluster
 from moeplan import console
+from moeplan.calibrate_tier import NAMES as TIERS
 from moeplan.scenario import Scenario, open_scenario
 from moeplan.sections import SECTIONS
+from moeplan.validate_steps import import_kernels
 from traces.splits import split_requests
 
 
@@ -69,7 +71,7 @@ def _compare_runs(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     screen, machine = console.of(options), _machine(options.machine)
-    sections = options.only or list(SECTIONS)
+    sections = _sections(options, machine)
     found: dict[str, Any] = {}
     with console.progress(screen) as tell:
         question = _Question(
@@ -80,7 +82,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             rounds=options.rounds,
             **_calibrated(machine),
         )
-        for name in (s for s in SECTIONS if s in sections):
+        if sections != ["operators"]:
+            _check_model(question.scenario)
+        for name in sections:
             found[name] = _RUN[name](question, screen, options.out)
     passed = {name: bool(section.passed) for name, section in found.items()}
     result = {
@@ -104,6 +108,33 @@ def _machine(folder: Path) -> Path:
                 f"calibrate --device cpu --out {folder}"
             )
     return folder
+
+
+def _sections(options: argparse.Namespace, machine: Path) -> list[str]:
+    """Return the sections that are asked for and can run on this machine.
+
+    Raises
+    ------
+    InputError
+        If one was asked for that cannot.
+    """
+    cluster, why = load_cluster(machine / "cluster.yaml"), {}
+    if cluster.num_ranks < 2:
+        why["parallel"] = "the machine has one rank, expert parallel takes two"
+    if not any(name in cluster.node.memories for name in TIERS.values()):
+        why["offload"] = "no slow tier was measured on it"
+    for name in options.only or []:
+        if name in why:
+            raise InputError(f"validate --only {name}: {why[name]} -- leave it out")
+    return [name for name in SECTIONS if name in (options.only or SECTIONS) and name not in why]
+
+
+def _check_model(scenario: Scenario) -> None:
+    """Refuse a model that the reference decoder does not run, before anything is measured."""
+    try:
+        import_kernels().check_runs(scenario.model)
+    except ValueError as error:
+        raise InputError(f"{scenario.name}: {error}") from error
 
 
 def _calibrated(machine: Path) -> dict[str, Any]:

@@ -152,8 +152,12 @@ class ParallelFound:
 
     @property
     def passed(self) -> bool:
-        """Whether times are within the bounds and all decided pairs are ordered rightly."""
-        return self.order == "ok" and self.summary.passed(self.bound)
+        """Whether some pair is decided, and all decided ones are ordered rightly.
+
+        Times are told and not judged: ranks that run at once share the memory and the cache that
+        one rank alone was calibrated with.
+        """
+        return self.order == "ok"
 
     def count(self, verdict: PairVerdict) -> int:
         """Pairs with a verdict."""
