@@ -88,9 +88,7 @@ def test_sections_that_a_machine_cannot_run_are_left_out_or_refused(machine, cap
 def test_a_section_that_fails_makes_the_exit_code_one(machine, tmp_path, capsys, monkeypatch):
     passed = {"operators": True, "steps": False, "parallel": True, "offload": True}
     for name, good in passed.items():
-        monkeypatch.setitem(
-            validate_command._RUN, name, lambda *_, good=good: _Section(good)
-        )
+        monkeypatch.setitem(validate_command._RUN, name, lambda *_, good=good: _Section(good))
     out = tmp_path / "out"
     folder = str(machine())
     assert main(["validate", "--machine", folder, "--out", str(out), "--json"]) == 1
