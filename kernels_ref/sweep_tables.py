@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from hwmodels.fitting.library import FORMATS
 from hwmodels.silicon.table import Table
 from hwmodels.silicon.wheel import Source
 from kernels_ref.machine import Machine
 from kernels_ref.sweep import Sample
-
-FORMATS = {"gemm", "grouped_gemm", "attention_decode", "attention_prefill", "route"}
-"""Kernels that are told apart by the format they multiply in; the others move bytes."""
 
 
 def tables_of(samples: Sequence[Sample], machine: Machine, dtype: str) -> list[Table]:

@@ -22,7 +22,7 @@ from basis import format_quantity, validate
 from basis.errors import InputError
 from hwmodels.cluster import load_cluster
 from hwmodels.device import Device
-from hwmodels.fitting.library import fit_library, held_out_of
+from hwmodels.fitting.library import FORMATS, fit_library, held_out_of
 from hwmodels.fitting.write import plain
 from hwmodels.kernels.base import Limits, PhysicalCost
 from hwmodels.silicon.own import write_table
@@ -30,6 +30,7 @@ from hwmodels.silicon.table import Table
 from moeplan import console
 from moeplan.calibrate_exchange import fit_exchange
 from moeplan.calibrate_tier import calibrate_cache, calibrate_tier
+from moeplan.reference import import_kernels
 from moeplan.validate_verdict import NOISY
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def calibrate_machine(options: argparse.Namespace) -> dict[str, Any]:
         Without torch, without the device, or on a machine that is too noisy to be measured.
     """
     _check(options)
-    ref = _torch()
+    ref = import_kernels()
     screen, started = console.of(options), time.perf_counter()
     device, dtype = options.device[0], options.dtype
     options.out.mkdir(parents=True, exist_ok=True)
@@ -165,20 +166,6 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _torch() -> Any:
-    """Return the reference kernels, which need torch."""
-    try:
-        import kernels_ref
-    except ModuleNotFoundError as missing:
-        if missing.name != "torch":
-            raise
-        raise InputError(
-            "calibrate --device: torch is not installed, and it is what is measured -- install "
-            "'moeplan[torch]' (README says how to get a build for the CPU alone)"
-        ) from None
-    return kernels_ref
-
-
 def limits_of(machine: "Machine", peaks: "Peaks", dtype: str) -> Limits:
     """Return the peaks that shares refer to."""
     return Limits(
@@ -259,7 +246,7 @@ def device_of(
     kernels: dict[str, dict[str, Any]] = {}
     for name, cost in fits.items():
         entry = plain(cost)
-        if name not in _FORMATS or dtype == "bf16":
+        if name not in FORMATS or dtype == "bf16":
             kernels[name] = {"bf16": entry}
         else:  # every kernel needs an entry for bf16
             kernels[name] = {dtype: entry, "bf16": entry | {"evidence": "transfer"}}
@@ -294,9 +281,6 @@ def device_of(
             }
         },
     }
-
-
-_FORMATS = ("gemm", "grouped_gemm", "attention_decode", "attention_prefill", "route")
 
 
 def _figure(value: float, unit: str, source: str) -> dict[str, Any]:

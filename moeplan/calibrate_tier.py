@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from hwmodels.figures import Figure, HeldOut
 from hwmodels.fitting.write import plain
 from hwmodels.kernels.copies import CopyCost
 from hwmodels.ops import GroupedGemm
+from moeplan.reference import import_kernels
 
 if TYPE_CHECKING:
     from kernels_ref.tier_sweep import Fetch, NearUse
@@ -77,26 +77,6 @@ class FetchFit:
         return self.startup + size / self.rate
 
 
-def kernels() -> ModuleType:
-    """Return `kernels_ref`, which needs torch.
-
-    Raises
-    ------
-    InputError
-        Without torch.
-    """
-    try:
-        import kernels_ref
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise InputError(
-            "torch is not installed -- measuring this machine runs its kernels -- "
-            "pip install 'moeplan[torch]'"
-        ) from error
-    return kernels_ref
-
-
 def calibrate_tier(
     folder: Path, host: str, *, sizes: Sequence[int] = SIZES, rounds: int = 15, seed: int = 0
 ) -> dict[str, Any]:
@@ -121,7 +101,7 @@ def calibrate_tier(
     InputError
         Without torch, or if the folder cannot be written.
     """
-    kernels()
+    import_kernels()
     from kernels_ref.tier_sweep import sweep_fetches
 
     try:
@@ -189,7 +169,7 @@ def calibrate_cache(device: Device, *, rounds: int = 15, seed: int = 0) -> dict[
     dict
         ``cache_bandwidth`` of the processor, as plain data.
     """
-    kernels()
+    import_kernels()
     from kernels_ref.tier_sweep import sweep_near_uses
 
     uses = sweep_near_uses(SHAPES, rounds=rounds, seed=seed)

@@ -19,9 +19,9 @@ from basis.errors import InputError
 from hwmodels.cluster import Cluster, load_cluster
 from moeplan import console
 from moeplan.calibrate_tier import NAMES as TIERS
+from moeplan.reference import import_kernels
 from moeplan.scenario import Scenario, open_scenario
 from moeplan.sections import SECTIONS
-from moeplan.validate_steps import import_kernels
 from traces.splits import split_requests
 
 

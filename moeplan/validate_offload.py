@@ -7,11 +7,10 @@ equal in every access; what a step takes is judged by the rules of `moeplan.vali
 Seconds. S steps, L MoE layers, B tokens of a step, K choices, E experts.
 """
 
-import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache as remember
 from itertools import product
@@ -25,7 +24,8 @@ from rich.table import Table
 
 from basis import InputError, format_quantity
 from hwmodels.cluster import Cluster
-from moeplan.calibrate_tier import NAMES, PAGES, kernels
+from moeplan.calibrate_tier import NAMES, PAGES
+from moeplan.reference import import_kernels, uncollected
 from moeplan.validate_verdict import NOISY, Row, Summary, Verdict, measured
 from simulator.batches import compose
 from simulator.deployment import Deployment, Workload
@@ -198,7 +198,7 @@ def validate_offload(question: OffloadQuestion, tell: Tell = lambda _: None) -> 
     """
     _check(question)
     cases = cases_of(question)
-    with kernels().pinned(question.threads):
+    with import_kernels().pinned(question.threads):
         ran = measure(question, cases, tell)
         lookups = {at: _lookup(question, *at) for at in sorted({(c.slots, c.batch) for c in cases})}
     tell("simulate")
@@ -354,7 +354,7 @@ def measure(
     with ExitStack() as opened:
         tell("write the experts")
         bench = _Bench(question, {case.home for case in cases}, opened)
-        opened.enter_context(_uncollected())
+        opened.enter_context(uncollected())
         for number in range(question.rounds):
             tell(f"offload: round {number + 1} of {question.rounds}, {len(cases)} configurations")
             for place in random.permutation(len(cases)).tolist():
@@ -478,18 +478,6 @@ def _lookup(question: OffloadQuestion, slots: int, batch: int) -> float:
     from kernels_ref.tier_sweep import time_lookup
 
     return time_lookup(question.model, slots=slots, batch=batch, seed=question.seed).seconds
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep Python's garbage collector out of the timed steps."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _check(question: OffloadQuestion) -> None:

@@ -17,9 +17,9 @@ from rich.console import Console
 from hwmodels.cluster import Cluster
 from hwmodels.cost import price
 from hwmodels.ops import Op
+from moeplan.reference import import_kernels
 from moeplan.validate_blame import FACTORS, Suspect
 from moeplan.validate_predict import LIMITS, Limit, with_limit
-from moeplan.validate_steps import import_kernels
 from moeplan.validate_verdict import BOUND, NOISY, Row, Summary, summaries
 from moeplan.validate_view import conclusion, show_rows, show_summaries, suspicion
 

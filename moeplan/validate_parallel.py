@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from basis.errors import InputError
 from hwmodels.cluster import Cluster
+from moeplan.reference import import_kernels
 from moeplan.validate_parallel_cases import (
     LOADS,
     ParallelCase,
@@ -24,7 +25,6 @@ from moeplan.validate_parallel_cases import (
     ParallelLoad,
     make_parallel_cases,
 )
-from moeplan.validate_steps import import_kernels
 from moeplan.validate_verdict import BOUND, NOISY, Row, Summary, Verdict, measured
 from simulator.deployment import Deployment
 from simulator.loads import count_loads
@@ -152,12 +152,8 @@ class ParallelFound:
 
     @property
     def passed(self) -> bool:
-        """Whether some pair is decided, and all decided ones are ordered rightly.
-
-        Times are told and not judged: ranks that run at once share the memory and the cache that
-        one rank alone was calibrated with.
-        """
-        return self.order == "ok"
+        """Whether times are within the bounds and all decided pairs are ordered rightly."""
+        return self.order == "ok" and self.summary.passed(self.bound)
 
     def count(self, verdict: PairVerdict) -> int:
         """Pairs with a verdict."""

@@ -7,7 +7,7 @@ from rich.table import Table
 from moeplan.figures import percent
 from moeplan.validate_parallel import DECIDED, Pair, ParallelFound
 from moeplan.validate_verdict import NOISY
-from moeplan.validate_view import show_rows
+from moeplan.validate_view import conclusion, show_rows
 
 _STYLES = {"ok": "green", "off": "red", "equal": "dim", "undecidable": "yellow"}
 
@@ -27,10 +27,10 @@ def show_parallel(screen: Console, found: ParallelFound) -> None:
     screen.print(table)
     planned = ", ".join(f"{name} ({load})" for load, name in found.planned_as.items())
     for remark in (
+        conclusion(found.summary, found.bound),
         order_conclusion(found),
-        f"Step times, told and not judged (ranks that run at once share memory and cache that one "
-        f"rank alone was calibrated with): median |error| {percent(found.summary.median)}, signed "
-        f"{percent(found.summary.signed, signed=True)}, worst {percent(found.summary.worst)}.",
+        "Ranks that run at once share memory and cache, which the prediction leaves out: times may "
+        "come out too low.",
         f"A gap says how much slower the second of a pair is; the spread is the larger floor of "
         f"the two over {found.rounds} interleaved rounds. Planned is the planner's candidate: "
         f"{planned}.",

@@ -6,17 +6,15 @@ loop. The time of a step is taken without laps; rounds with laps, which say wher
 in between. A first round is thrown away. Seconds.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from moeplan.reference import import_kernels, uncollected
 from moeplan.validate_cases import Case, Cases, Window
 from traces.model_spec import ModelSpec
 
@@ -114,7 +112,7 @@ def time_cases(
     rng = np.random.default_rng(seed)
     kinds = rng.permutation([False] * rounds + [True] * lap_rounds).tolist()
     taken: dict[bool, list[list[list[StepSeconds]]]] = {False: [], True: []}
-    with _no_collection():
+    with uncollected():
         tell(f"real steps: a first round of {len(cases)} cases, thrown away")
         for case in cases:
             run(case, case.windows[0], False)
@@ -181,26 +179,6 @@ class DecoderRun:
         return self._prompts.clock.seconds()
 
 
-def import_kernels() -> ModuleType:
-    """Return `kernels_ref`.
-
-    Raises
-    ------
-    InputError
-        If torch is not installed.
-    """
-    try:
-        import kernels_ref
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise InputError(
-            "this machine is measured with torch, which is not installed -- "
-            "pip install 'moeplan[torch]'"
-        ) from error
-    return kernels_ref
-
-
 def _one_dtype(model: ModelSpec) -> object:
     """Return torch's type of the one format of all numbers."""
     import torch
@@ -213,18 +191,6 @@ def _one_dtype(model: ModelSpec) -> object:
             f"{', '.join(known)} throughout -- set torch_dtype, and no quantisation"
         )
     return known[formats.pop()]
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector out of the times."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _measured(

@@ -39,6 +39,10 @@ MODELS: dict[str, type[PhysicalCost]] = {
 """Cost model of each kernel of the reference kernels."""
 
 
+FORMATS = {"gemm", "grouped_gemm", "attention_decode", "attention_prefill", "route"}
+"""Kernels that are told apart by the format they multiply in; the others move bytes."""
+
+
 def fit_library(table: Table, limits: Limits, *, weights: Floats | None = None) -> PhysicalCost:
     """Fit a table's cost model.
 

@@ -49,10 +49,12 @@ def test_smallest_cases_run_and_are_timed():
 
 def test_activations_are_touched_and_weights_are_not():
     case = next(c for c in draw_cases(scale=0.2) if c.kernel == "gemm")
-    prepared = prepare(case.op, 0, Operands(cache_bytes=2**18))
+    prepared = prepare(case.op, 0, Operands(cache_bytes=2**18), cold=False)
+    (m,), (k,) = case.op.m, case.op.k
+    assert [tuple(each.shape) for each in prepared._activations] == [(m, k)]
     before = prepared.run().clone()
     prepared.touch()
-    assert before.shape == prepared.run().shape
+    assert before.equal(prepared.run())  # read, not changed
 
 
 def test_tables_hold_each_kernel_and_come_back_from_disk(tmp_path):

@@ -23,7 +23,8 @@ from kernels_ref.expert_cache import Access
 from kernels_ref.expert_file import ExpertFile, write_expert_file
 from kernels_ref.tier_sweep import NearUse
 from moeplan import calibrate_tier, validate_offload
-from moeplan.calibrate_tier import SIZES, fit_fetches, kernels, node_parts
+from moeplan.calibrate_tier import SIZES, fit_fetches, node_parts
+from moeplan.reference import import_kernels
 from moeplan.validate_offload import (
     LOOKUP,
     OffloadCase,
@@ -210,7 +211,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"pip install 'moeplan\[torch\]'"):
-        kernels()
+        import_kernels()
 
 
 def test_a_real_run_does_in_every_access_what_was_simulated(model, trace, tmp_path):

@@ -22,12 +22,13 @@ from basis.errors import InputError
 from hwmodels.cluster import Cluster, load_cluster
 from hwmodels.ops import Stage
 from kernels_ref import StepSeconds
+from moeplan.reference import import_kernels
 from moeplan.validate_blame import suspects
 from moeplan.validate_cases import Case, Cases, Window, make_cases
 from moeplan.validate_charts import draw_steps
 from moeplan.validate_predict import Predicted, predict_steps, with_limit
 from moeplan.validate_result import StepsFound, compare_steps, validate_steps
-from moeplan.validate_steps import DecoderRun, Measured, import_kernels, measure_steps, time_cases
+from moeplan.validate_steps import DecoderRun, Measured, measure_steps, time_cases
 from moeplan.validate_view import show_steps
 from traces.model_spec import ModelSpec, load_model
 from traces.routing_trace import RoutingTrace, TraceMeta, read_trace
