@@ -228,7 +228,7 @@ def _large_pages(size: int) -> memoryview:
     """Private memory in large pages, where the system has them.
 
     A direct read goes to the drive in pieces of contiguous memory. In pages of 4 KiB their number
-    is chance: a read of 3 MB took from 0.9 to 1.6 ms, from one buffer to the next.
+    is chance, and with it how long a read takes, from one buffer to the next.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     found = mmap.mmap(-1, -(-size // _LARGE) * _LARGE + _LARGE, flags=flags)
