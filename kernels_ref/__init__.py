@@ -85,7 +85,12 @@ from kernels_ref.measure import (
 )
 from kernels_ref.mla import mla_decode, mla_prefill
 from kernels_ref.operands import Operands, Rotation
-from kernels_ref.parallel_steps import MovableExperts, PlacedSteps, time_parallel_steps
+from kernels_ref.parallel_steps import (
+    MovableExperts,
+    PlacedSteps,
+    TogetherClock,
+    time_parallel_steps,
+)
 from kernels_ref.peaks import Peaks, measure_peaks
 from kernels_ref.permute import Permutation, combine, permute, sort_by_expert
 from kernels_ref.prepare import Prepared, prepare
@@ -108,7 +113,6 @@ from kernels_ref.router import (
     route_topk,
     route_topk_logits,
 )
-from kernels_ref.shared_memory import SharedMemory, sweep_shared_memory
 from kernels_ref.stage_clock import StageClock, StepSeconds
 from kernels_ref.sweep import Case, Sample, draw_cases, measure_cases
 from kernels_ref.sweep_tables import tables_of
@@ -152,11 +156,11 @@ __all__ = [
     "Routing",
     "Sample",
     "Segment",
-    "SharedMemory",
     "SlotWeights",
     "StageClock",
     "StepSeconds",
     "Timing",
+    "TogetherClock",
     "Weights",
     "add_rms_norm",
     "all_gather",
@@ -226,7 +230,6 @@ __all__ = [
     "sweep_exchange",
     "sweep_fetches",
     "sweep_near_uses",
-    "sweep_shared_memory",
     "tables_of",
     "this_machine",
     "time_after",

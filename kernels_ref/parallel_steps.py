@@ -150,7 +150,7 @@ def _run_rank(
     weights = Weights.random(model, dtype=_DTYPE, seed=seed)
     requests, context = max(1, len(own)), max(own, default=0) + 1
     decoder = Decoder(model, weights, experts, requests=requests, context=context)
-    clock = _TogetherClock(laps=False)
+    clock = TogetherClock(laps=False)
     decoder.clock = clock
     decoder.warm_cache(own, seed=seed)
     tokens, order = np.random.default_rng([seed, rank]), np.random.default_rng(seed)
@@ -173,17 +173,19 @@ def _run_rank(
     return marks
 
 
-class _TogetherClock(StageClock):
+class TogetherClock(StageClock):
     """Begins when all ranks are ready, and says when on the machine's clock; nanoseconds."""
 
     began: int = 0
     ended: int = 0
 
     def start(self) -> None:
+        """Begin a step once all ranks are here."""
         dist.barrier()
         super().start()
         self.began = perf_counter_ns()
 
     def stop(self) -> None:
+        """End the step."""
         super().stop()
         self.ended = perf_counter_ns()

@@ -81,6 +81,12 @@ class StageClock:
             kernel_s[kernel] = kernel_s.get(kernel, 0.0) + end - begin
         return StepSeconds(total_s=marks[-1] - marks[0], stage_s=stage_s, kernel_s=kernel_s)
 
+    def laps_s(self) -> tuple[tuple[str, float], ...]:
+        """Return kernel and seconds of each lap of the last step, in order."""
+        ends = self._marks_s()
+        pairs = zip(self._names, ends[:-2], ends[1:-1], strict=True)
+        return tuple((kernel, end - begin) for (_, kernel), begin, end in pairs)
+
     def _mark(self) -> None:
         if not self._cuda:
             self._times.append(perf_counter_ns())

@@ -4,6 +4,9 @@
 the exchange by itself. Gloo on one machine sends through the kernel's loopback, so that sender and
 receiver both pay with their cores; the link's bandwidth is the best rate one way, measured or
 fitted (less the start-up), whichever is higher.
+To the start-up comes what an exchange is held up on average beyond its median: now and then the
+scheduler lets a message wait for milliseconds. A step adds up dozens of exchanges, and what adds up
+is the mean.
 Fitted on three quarters of the shapes, by their hash, up to `FITTED_BYTES` a port; the rest and
 everything larger is scored. Bytes and seconds.
 """
@@ -47,6 +50,9 @@ class ExchangeFit:
 
     phase: Phase
     startup_s: float
+    """Of an exchange that nothing holds up."""
+    stall_s: float
+    """Mean over all samples of what they took beyond the median of their row."""
     rate: float
     """Bytes per second of the busiest port."""
     fitted: HeldOut
@@ -84,7 +90,7 @@ class FittedLink:
 
     def _cost(self, half: ExchangeFit) -> TransferCost:
         return TransferCost.model_construct(
-            startup=half.startup_s,
+            startup=half.startup_s + half.stall_s,
             efficiency=half.rate / self.bandwidth.value,
             low=half.low,
             high=half.high,
@@ -152,6 +158,7 @@ def _half(
     return ExchangeFit(
         phase=phase,
         startup_s=numbers["startup"],
+        stall_s=_stall([row for row, far in zip(mine, beyond, strict=True) if not far]),
         rate=numbers["rate"],
         fitted=score(predicted[seen], seconds[seen]),
         held_out=score(predicted[unseen], seconds[unseen]),
@@ -160,6 +167,11 @@ def _half(
         high=high,
         left_out=asked - len(mine),
     )
+
+
+def _stall(rows: Sequence["ExchangeRow"]) -> float:
+    """Seconds by which the mean of a sample lies above its row's median; a long tail, or zero."""
+    return max(0.0, float(np.mean([row.timing.samples - row.timing.seconds for row in rows])))
 
 
 def _time(numbers: Numbers, features: Features) -> Floats:

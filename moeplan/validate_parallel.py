@@ -30,7 +30,7 @@ from simulator.deployment import Deployment
 from simulator.loads import count_loads
 from simulator.lowering import lower
 from simulator.playing import play_steps
-from simulator.pricing import price_step
+from simulator.pricing import PricedStep, price_step
 from traces.model_spec import ModelSpec
 from traces.routing_trace import RoutingTrace
 
@@ -230,7 +230,7 @@ def validate_parallel(
     )
     rows = [
         _row(case, name, predict_parallel(model, cluster, case, deployment), taken, bound)
-        for (case, name, deployment), taken in zip(_each(cases), samples, strict=True)
+        for (case, name, deployment), taken in zip(each_case(cases), samples, strict=True)
     ]
     planned_as = {str(load): name for load, name in cases.planned_as.items()}
     return ParallelFound(
@@ -243,21 +243,28 @@ def predict_parallel(
 ) -> Floats:
     """Return the simulator's step times of a case under one placement, [windows]."""
     layout = deployment.layout_for(model, cluster)
+    priced = price_parallel(model, cluster, case, deployment)
+    played = play_steps(priced.items, priced.seconds, layout, model.num_layers, decode=True)
+    return played.step_times
+
+
+def price_parallel(
+    model: ModelSpec, cluster: Cluster, case: ParallelCase, deployment: Deployment
+) -> PricedStep:
+    """Return the seconds of every kernel of a case under one placement, [windows, items, ranks]."""
     loads = count_loads(
         model,
         case.trace,
         case.composition,
         deployment.dispatcher_for(model, cluster),
-        layout=layout,
+        layout=deployment.layout_for(model, cluster),
         node_of=cluster.node_of,
     )
-    priced = price_step(lower(model, loads), loads, cluster)
-    played = play_steps(priced.items, priced.seconds, layout, model.num_layers, decode=True)
-    return played.step_times
+    return price_step(lower(model, loads), loads, cluster)
 
 
-def _each(cases: ParallelCases) -> list[tuple[ParallelCase, str, Deployment]]:
-    """Every case under every placement made for its load."""
+def each_case(cases: ParallelCases) -> list[tuple[ParallelCase, str, Deployment]]:
+    """Return every case under every placement made for its load, and the placement's name."""
     return [
         (case, name, deployment)
         for case in cases.cases
@@ -275,14 +282,14 @@ def _measure(
     seed: int,
     crowded: bool,
 ) -> list[Floats]:
-    """Run every case under every placement; seconds [rounds, windows] in the order of `_each`."""
+    """Run every case under every placement; [rounds, windows] s, as `each_case` has them."""
     from kernels_ref.parallel_steps import time_parallel_steps
 
     lengths = [(own - 1).tolist() for own in cases.contexts]
     together: dict[tuple[ParallelLoad, str], list[int]] = {}
-    for at, (case, name, _) in enumerate(_each(cases)):
+    for at, (case, name, _) in enumerate(each_case(cases)):
         together.setdefault((case.load, name), []).append(at)  # one change of placement for all
-    placed = [_placed(model, cluster, cases, members) for members in together.values()]
+    placed = [place_steps(model, cluster, cases, members) for members in together.values()]
     taken = time_parallel_steps(
         model, placed, lengths, threads=threads, rounds=rounds, seed=seed, crowded=crowded
     )
@@ -292,13 +299,13 @@ def _measure(
     return [found[at] for at in range(len(found))]
 
 
-def _placed(
+def place_steps(
     model: ModelSpec, cluster: Cluster, cases: ParallelCases, members: Sequence[int]
 ) -> "PlacedSteps":
     """Return the steps of all cases under one placement, as plain slots."""
     from kernels_ref.parallel_steps import PlacedSteps
 
-    each = _each(cases)
+    each = each_case(cases)
     dispatcher = each[members[0]][2].dispatcher_for(model, cluster)
     steps = []
     for at in members:

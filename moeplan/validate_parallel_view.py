@@ -29,8 +29,8 @@ def show_parallel(screen: Console, found: ParallelFound) -> None:
     for remark in (
         conclusion(found.summary, found.bound),
         order_conclusion(found),
-        "Ranks that run at once share memory and cache, which the prediction leaves out: times may "
-        "come out too low.",
+        "Ranks wait for each other when the system holds one of them up: times may come out too "
+        "low.",
         f"A gap says how much slower the second of a pair is; the spread is the larger floor of "
         f"the two over {found.rounds} interleaved rounds. Planned is the planner's candidate: "
         f"{planned}.",

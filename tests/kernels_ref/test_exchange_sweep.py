@@ -1,4 +1,4 @@
-"""The exchange sweep: what is sent is what is stated; and the same for sharing memory.
+"""The exchange sweep: what is sent is what is stated.
 
 No time is asserted: only shapes, counts, and arithmetic on given marks.
 """
@@ -6,20 +6,16 @@ No time is asserted: only shapes, counts, and arithmetic on given marks.
 import numpy as np
 import pytest
 
-from hwmodels.ops import Elementwise, Gemm
 from kernels_ref.exchange_sweep import (
     ExchangeCase,
     ExchangeRow,
     _planned,
-    _sweep_rank,
     _together,
     exchange_cases,
     exchange_ops,
     sweep_exchange,
 )
 from kernels_ref.measure import Timing
-from kernels_ref.processes import run_processes
-from kernels_ref.shared_memory import SharedMemory, _share_rank, sweep_shared_memory
 
 CASES = (
     ExchangeCase(pattern="balanced", tokens=3, width=8),
@@ -79,38 +75,6 @@ def test_a_sample_lasts_from_the_last_begin_to_the_last_end():
     assert _together(marks) == pytest.approx([500e-9])
 
 
-OPS = {
-    "gemm": Gemm(m=2, n=64, k=64, weight_dtype="fp32", activation_dtype="fp32"),
-    "stream": Elementwise(bytes=np.array([2**16])),
-}
-
-
-def on_a_rank(rank, ranks):
-    return {
-        _sweep_rank: _sweep_rank(rank, ranks, CASES, 5, 0),
-        _share_rank: _share_rank(rank, ranks, OPS, 5, 1e-4, 0),
-    }
-
-
-@pytest.fixture(scope="module")
-def answers():
-    return run_processes(2, on_a_rank, crowded=True)
-
-
-@pytest.fixture
-def started_once(answers, monkeypatch):
-    """Answers of processes that were started once for all, in place of new ones."""
-
-    def given(n, function, *task, **options):
-        assert (n, task[0]) in [(2, CASES), (2, OPS)]
-        assert options == {"threads": 1, "timeout": 300.0, "crowded": True}
-        return [answer[function] for answer in answers]
-
-    for module in ("exchange_sweep", "shared_memory"):
-        monkeypatch.setattr(f"kernels_ref.{module}.run_processes", given)
-
-
-@pytest.mark.usefixtures("started_once")
 def test_sweep_times_both_halves_of_each_case():
     rows = sweep_exchange(CASES, rounds=5, crowded=True)
     assert [(each.case, each.phase) for each in rows] == [
@@ -124,27 +88,3 @@ def test_sweep_times_both_halves_of_each_case():
 def test_what_has_no_quartiles_or_no_peer_is_refused(rounds, ranks):
     with pytest.raises(ValueError, match=f"{rounds} rounds on {ranks} ranks -- at least 5"):
         sweep_exchange(CASES, rounds=rounds, ranks=ranks)
-    with pytest.raises(ValueError, match=f"{rounds} rounds on {ranks} ranks -- at least 5"):
-        sweep_shared_memory({}, rounds=rounds, ranks=ranks)
-
-
-def test_ratios_are_taken_round_by_round():
-    alone, together = np.array([1.0, 2, 4, 8, 16]), np.array([2.0, 4, 8, 16, 16])
-    found = SharedMemory(
-        name="copy",
-        alone=Timing(samples=alone, calls=1),
-        together=Timing(samples=together, calls=1),
-    )
-    assert found.ratio == 2
-    assert found.floor == 0
-
-
-@pytest.mark.usefixtures("started_once")
-def test_sharing_is_measured_for_each_operation(answers):
-    found = sweep_shared_memory(OPS, rounds=5, sample=1e-4, crowded=True)
-    assert [each.name for each in found] == ["gemm", "stream"]
-    taken = [answer[_share_rank] for answer in answers]
-    for at, each in enumerate(found):
-        assert (taken[0][at] > 0).all()
-        assert each.alone.samples == pytest.approx((taken[0][at, 0] + taken[1][at, 0]) / 2)
-        assert each.together.samples == pytest.approx((taken[0][at, 1] + taken[1][at, 1]) / 2)

@@ -1,9 +1,12 @@
 """The fit of the link between ranks: a known start-up and rate come back, and set the price."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
 
+from basis import parse_quantity
 from basis.errors import InputError
 from hwmodels.cluster import load_cluster
 from hwmodels.cost_comm import price_comm
@@ -16,7 +19,7 @@ from moeplan.calibrate_exchange import FITTED_BYTES, fit_exchange
 STARTUP, RATE = {"dispatch": 9e-5, "combine": 6e-5}, {"dispatch": 1.5e9, "combine": 2.5e9}
 
 
-def rows(noise=0.0, slow_beyond=1.0, quiet=lambda number: True):
+def rows(noise=0.0, slow_beyond=1.0, quiet=lambda number: True, spread=0.01, stall=0.0):
     """Exchanges that take start-up + bytes / rate, give or take some noise."""
     rng = np.random.default_rng(0)
     found = []
@@ -25,8 +28,9 @@ def rows(noise=0.0, slow_beyond=1.0, quiet=lambda number: True):
         for phase in ("dispatch", "combine"):
             seconds = (STARTUP[phase] + port / RATE[phase]) * np.exp(noise * rng.standard_normal())
             seconds *= slow_beyond if port > FITTED_BYTES else 1.0
-            spread = 0.01 if quiet(number) else 3.0
-            samples = seconds * np.concatenate([np.ones(5), np.full(4, 1 + spread)])
+            late = 1 + (spread if quiet(number) else 3.0)
+            samples = seconds * np.concatenate([np.ones(5), np.full(4, late)])
+            samples[-1] += stall
             timing = Timing(samples=samples, calls=1)
             found.append(ExchangeRow(case=case, phase=phase, ranks=2, timing=timing))
     return found
@@ -59,6 +63,25 @@ def test_larger_sizes_are_scored_and_not_fitted():
         assert half.beyond.median == pytest.approx(0.5, abs=1e-3)
 
 
+def test_stalls_are_priced_by_their_mean_and_do_not_move_the_fit():
+    stall = 3e-3  # one sample in nine
+    found = fit_exchange(rows(spread=0.0, stall=stall))
+    for half, cost in zip(found.halves, found.to_dict()["costs"].values(), strict=True):
+        assert half.startup_s == pytest.approx(STARTUP[half.phase], rel=1e-3)
+        assert half.stall_s == pytest.approx(stall / 9, rel=1e-9)
+        assert parse_quantity(cost["startup"], "seconds") == pytest.approx(
+            half.startup_s + half.stall_s, rel=1e-3
+        )
+
+
+def test_no_stall_is_below_zero():
+    early = [
+        replace(r, timing=Timing(samples=2 * r.timing.seconds - r.timing.samples, calls=1))
+        for r in rows()
+    ]
+    assert all(half.stall_s == 0 for half in fit_exchange(early).halves)
+
+
 def test_noisy_rows_are_left_out_and_counted():
     half = fit_exchange(rows(quiet=lambda number: number % 5)).halves[0]
     noisy = sum(number % 5 == 0 for number in range(len(exchange_cases())))
@@ -73,7 +96,9 @@ def test_a_noisy_machine_is_refused():
 
 def test_the_link_prices_what_was_fitted():
     small_cluster = load_cluster("hgx-h100-8", gpus=2)
-    link = yaml.safe_load(yaml.safe_dump(fit_exchange(rows(), source="here, today").to_dict()))
+    link = yaml.safe_load(
+        yaml.safe_dump(fit_exchange(rows(spread=0.0), source="here, today").to_dict())
+    )
     node = small_cluster.node.model_copy(update={"interconnect": Link.model_validate(link)})
     cluster = small_cluster.model_copy(update={"node": node})
     sent, back = 300_000, 200_000
