@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 _Result = TypeVar("_Result")
 
+_LOOP = "gloo_tcp_loop"
+"""Name of gloo's thread that polls for messages."""
 _GRACE = 5.0
 """Seconds that a process has to end before it is killed."""
 
@@ -210,7 +212,21 @@ def _called(task: _Task) -> Any:
         world_size=task.ranks,
         timeout=timedelta(seconds=task.timeout),
     )
+    _poll_only_when_idle()
     return function(task.rank, task.ranks, *args)
+
+
+def _poll_only_when_idle() -> None:
+    """Let gloo's event loop run only while the rank waits.
+
+    The loop polls, on the rank's own core: when a message has come, the rank would get its core
+    back with the next tick of the clock only, up to 4 ms later (Linux, 250 ticks a second).
+    """
+    if not hasattr(os, "SCHED_IDLE"):
+        return
+    for thread in Path("/proc/self/task").iterdir():
+        if (thread / "comm").read_text().strip() == _LOOP:
+            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _results(started: Sequence[_Started], deadline: float, timeout: float) -> list[Any]:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,18 @@ def facts(rank, n, base, tensor):
     own = os.sched_getaffinity(0) if CAN_PIN else None
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
-    return rank, n, base + rank, tensor * rank, own, torch.get_num_threads(), total.item()
+    return rank, n, base + rank, tensor * rank, own, torch.get_num_threads(), total.item(), loops()
+
+
+def loops():
+    """Policies of gloo's polling threads, and of the thread that computes."""
+    if not hasattr(os, "SCHED_IDLE"):
+        return None
+    tasks = {
+        task: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()
+    }
+    polling = [os.sched_getscheduler(int(t.name)) for t, n in tasks.items() if n == "gloo_tcp_loop"]
+    return polling, os.sched_getscheduler(0)
 
 
 def fails_on_rank_1(rank, n):
@@ -43,7 +55,7 @@ def answers():
 def test_results_come_in_rank_order_from_one_group(answers):
     assert [answer[:3] for answer in answers] == [(0, 2, 10), (1, 2, 11)]
     assert [answer[3].tolist() for answer in answers] == [[0, 0, 0], [0, 1, 2]]
-    assert [answer[5:] for answer in answers] == [(1, 3.0), (1, 3.0)]
+    assert [answer[5:7] for answer in answers] == [(1, 3.0), (1, 3.0)]
     assert not multiprocessing.active_children()
 
 
@@ -51,6 +63,13 @@ def test_results_come_in_rank_order_from_one_group(answers):
 def test_each_process_has_a_core_of_its_own_while_there_are_any(answers):
     cores = sorted(os.sched_getaffinity(0))  # of this process, which was not pinned
     assert [answer[4] for answer in answers] == [{cores[0]}, {cores[1 % len(cores)]}]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no idle priority")
+def test_what_polls_for_messages_does_not_hold_the_rank_up(answers):
+    for *_, (polling, computing) in answers:
+        assert polling == [os.SCHED_IDLE]
+        assert computing == os.SCHED_OTHER
 
 
 def test_failure_of_a_rank_comes_with_its_traceback():
