@@ -146,6 +146,9 @@ def check_runs(model: ModelSpec) -> None:
         "expert biases": model.expert_bias,
         "a router bias": model.router_bias,
         "a shared expert gate": model.shared_expert_gate,
+        f"norms of {model.norm_vectors} vectors in a layer": model.norm_vectors != 2,
+        ", ".join(part.name for part in model.parts): bool(model.parts),
+        "; ".join(model.unpriced): bool(model.unpriced),
         f"comm_size {model.comm_size} beside hidden_size {model.hidden_size}": model.comm_size
         != model.hidden_size,
     }

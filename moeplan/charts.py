@@ -90,6 +90,35 @@ def load_map(
     return svg(cells + axes + lines, layers * height, label)
 
 
+def amount_map(
+    amount: Matrix, top: float, *, label: str, names: tuple[str, str], rows: Sequence[int],
+    titles: Matrix | None = None,
+) -> Markup:  # fmt: skip
+    """Draw a matrix of amounts from 0 to ``top`` (darkest), with the names of both axes.
+
+    Parameters
+    ----------
+    amount : float array [rows, columns]
+    label : str
+        What the picture shows, for readers who do not see it.
+    names : tuple of str
+        Of the columns' axis and of the rows' axis.
+    rows : sequence of int
+        Number of each row.
+    titles : float array [rows, columns], optional
+        Values to show on hover, instead of the amounts.
+    """
+    height = min(14.0, max(4.0, 420 / len(amount)))
+    level = np.clip(np.rint(10 * amount / (top or 1.0)), 0, 10).astype(int)
+    shown = amount if titles is None else titles
+
+    def title(row: int, column: int) -> str:
+        return f"{names[1]} {rows[row]}, {names[0]} {column}: {shown[row, column]:.3g}"
+
+    cells = _cells(level, "t", height, title if with_titles([amount]) else None)
+    return svg(cells + _axes(amount.shape, height, names, rows), len(amount) * height, label)
+
+
 def traffic_map(
     traffic: Matrix, top: float, *, name: str, ranks_per_node: int | None, titles: bool = True
 ) -> Markup:
@@ -116,7 +145,7 @@ def certificate_chart(objective: Matrix, bound: Matrix, layer_ids: Sequence[int]
     objective, bound : float arrays [layers]
         Both divided by the layer's mean rank load.
     """
-    lines = _round_values(min(1.0, float(bound.min())), float(max(objective.max(), bound.max())))
+    lines = round_values(min(1.0, float(bound.min())), float(max(objective.max(), bound.max())))
     low, high = lines[0] - 0.1 * (lines[1] - lines[0]), lines[-1]
     height, step = 130.0, (WIDTH - 46 - 4) / len(bound)
 
@@ -196,7 +225,7 @@ def _ticks(count: int, most: int) -> range:
     return range(0, count, step)
 
 
-def _round_values(low: float, high: float) -> list[float]:
+def round_values(low: float, high: float) -> list[float]:
     """Return three to seven round numbers, equally spaced, that enclose ``low`` to ``high``."""
     rough = max(high - low, 1e-4) / 4
     power = 10.0 ** math.floor(math.log10(rough))

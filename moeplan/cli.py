@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from basis.errors import InfeasibleError, InputError, MoeplanError
+from moeplan.cli_trace import add_trace_commands
 from moeplan.engines import ENGINES
 from moeplan.sections import SECTIONS
 
@@ -51,13 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--out", type=Path, metavar="DIR", help="write table and picture here")
 
-    trace = commands.add_parser("trace", help="look at or convert a routing trace")
-    verbs = trace.add_subparsers(dest="verb", required=True, metavar="VERB")
-    stats = _command(verbs, "stats", "is this trace skewed, local, predictable?")
-    stats.add_argument("trace", type=Path, help="Parquet or npz file")
-    convert = _command(verbs, "convert", "rewrite a trace as .parquet, .npz or .jsonl")
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path)
+    trace = commands.add_parser("trace", help="record, read, understand or draw routing traces")
+    add_trace_commands(trace, _command)
 
     hardware = commands.add_parser("hardware", help="the catalog of devices and clusters")
     verbs = hardware.add_subparsers(dest="verb", required=True, metavar="VERB")

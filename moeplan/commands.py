@@ -21,9 +21,6 @@ from moeplan.scenario import Scenario, open_cluster, open_scenario
 from moeplan.simulate_command import simulate
 from planner.plan import make_plan
 from simulator.deployment import Workload
-from traces.convert import convert, read_npz
-from traces.routing_trace import read_trace
-from traces.stats import trace_statistics
 
 __all__ = [
     "calibrate",
@@ -91,22 +88,39 @@ def _only_placement(scenario: Scenario) -> Workload:
     return scenario.step
 
 
+def trace_record(options: argparse.Namespace) -> dict[str, Any]:
+    """Run prompts through a model and record its routing."""
+    from moeplan import record_command  # what nothing else needs
+
+    return record_command.record(options)
+
+
+def trace_import(options: argparse.Namespace) -> dict[str, Any]:
+    """Read what another tool recorded."""
+    from moeplan import trace_commands  # what nothing else needs
+
+    return trace_commands.import_(options)
+
+
 def trace_stats(options: argparse.Namespace) -> dict[str, Any]:
-    """Load skew, reuse and predictability of a trace."""
-    screen = console.of(options)
-    trace = read_npz(options.trace) if options.trace.suffix == ".npz" else read_trace(options.trace)
-    with console.progress(screen) as tell:
-        tell(f"statistics of {options.trace.name}")
-        answer = trace_statistics(trace).to_dict()
-    views.show_statistics(screen, trace, answer)
-    return answer
+    """Answer what a trace can tell."""
+    from moeplan import trace_commands  # what nothing else needs
+
+    return trace_commands.stats(options)
 
 
 def trace_convert(options: argparse.Namespace) -> dict[str, Any]:
-    """Rewrite a trace in another format."""
-    convert(options.source, options.target)
-    console.of(options).print(f"wrote {options.target}")
-    return {"source": str(options.source), "target": str(options.target)}
+    """Rewrite a trace or a workload in another format."""
+    from moeplan import trace_commands  # what nothing else needs
+
+    return trace_commands.convert_(options)
+
+
+def trace_synth(options: argparse.Namespace) -> dict[str, Any]:
+    """Fit a generator of traces, draw from it, or both."""
+    from moeplan import synth_command  # what nothing else needs
+
+    return synth_command.synth(options)
 
 
 def hardware_list(options: argparse.Namespace) -> dict[str, Any]:

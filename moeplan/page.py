@@ -37,6 +37,21 @@ def render(template: str, plan: dict[str, Any], view: Mapping[str, Any]) -> str:
     view : mapping
         What the template shows besides: ``badge``, ``tiles`` and its own parts.
     """
+    shared = {
+        "plan": plan,
+        "scenario": plan["scenario"],
+        "verdict": plan["verdict"],
+        "exports": exports_for_people(plan),
+        "warnings": plan.get("warnings", []),
+        "alternatives": plan.get("alternatives", []),
+        "evidence": plan.get("evidence", []),
+        "version": plan.get("moeplan_version", ""),
+    }
+    return page(template, {**shared, **view})
+
+
+def page(template: str, view: Mapping[str, Any]) -> str:
+    """Write a page from a template of the folder ``templates`` and what it shows."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -48,18 +63,8 @@ def render(template: str, plan: dict[str, Any], view: Mapping[str, Any]) -> str:
         number=figures.number, seconds=figures.seconds, size=figures.data_size,
         percent=figures.percent, fixed=figures.fixed, count=figures.count,
     )  # fmt: skip
-    shared = {
-        "css": {theme: charts.scale_css(theme) for theme in ("light", "dark")},
-        "plan": plan,
-        "scenario": plan["scenario"],
-        "verdict": plan["verdict"],
-        "exports": exports_for_people(plan),
-        "warnings": plan.get("warnings", []),
-        "alternatives": plan.get("alternatives", []),
-        "evidence": plan.get("evidence", []),
-        "version": plan.get("moeplan_version", ""),
-    }
-    return environment.get_template(template).render({**shared, **view})
+    css = {theme: charts.scale_css(theme) for theme in ("light", "dark")}
+    return environment.get_template(template).render({"css": css, **view})
 
 
 def badge(verdict: dict[str, Any]) -> tuple[str, str]:

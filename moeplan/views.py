@@ -17,7 +17,6 @@ from moeplan.compare_view import comparison_table
 from moeplan.scenario import Scenario
 from planner.plan import Plan
 from simulator.result import Result
-from traces.routing_trace import RoutingTrace
 
 
 def show_plan(
@@ -150,18 +149,6 @@ def show_comparison(
     screen.print(comparison_table(list(rows)))
     for file in files:
         screen.print(f"wrote {file}")
-
-
-def show_statistics(screen: Console, trace: RoutingTrace, answer: Mapping[str, Any]) -> None:
-    """Print the statistics of a trace, one line each."""
-    meta = trace.meta
-    screen.print(f"{meta.model}: {trace.num_tokens:,} tokens of {trace.num_requests:,} requests")
-    screen.print(f"{trace.num_layers} MoE layers x {meta.num_experts} experts, top-{meta.top_k}")
-    table = Table(show_header=False)
-    for key, value in answer.items():
-        if isinstance(value, (int, float, str, bool)):
-            table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
-    screen.print(table)
 
 
 def show_catalog(screen: Console, names: Mapping[str, Sequence[str]]) -> None:

@@ -56,7 +56,7 @@ def slot_seconds(
     token_bytes = bytes_of(model.activation_dtype, model.comm_size)
     experts = GroupedGemm(
         tokens_per_expert=count[:, None],
-        hidden=model.hidden_size,
+        hidden=model.comm_size,
         width=model.expert_width if layout is None else layout.slice_width(model),
         gated=model.gated,
         weight_dtype=model.expert_dtype,

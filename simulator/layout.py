@@ -18,6 +18,7 @@ from basis.dtypes import slice_width
 from basis.errors import InputError
 from simulator.parallelism import AttentionLayout, ExpertLayout, Parallelism
 from simulator.placement import Placement
+from simulator.unpriced import refuse_unpriced
 from traces.model_spec import Attention, ModelSpec
 
 
@@ -193,8 +194,10 @@ class Layout:
         Raises
         ------
         InputError
-            All that does not divide, each with the factors that are allowed.
+            If the model does something that has no price; else all that does not divide, each with
+            the factors that are allowed.
         """
+        refuse_unpriced(model)
         a, wrong = model.attention, []
 
         def need(what: str, size: int, name: str, factor: int) -> None:

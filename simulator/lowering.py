@@ -20,6 +20,7 @@ from hwmodels.ops import (
 )
 from simulator.attention import attention
 from simulator.loads import Ints, StepLoads
+from simulator.unpriced import refuse_unpriced
 from simulator.work import Rows, Work
 from traces.model_spec import ModelSpec
 
@@ -40,7 +41,13 @@ def lower(model: ModelSpec, loads: StepLoads) -> list[Work]:
     -------
     list of Work
         Collectives of one rank are left out.
+
+    Raises
+    ------
+    InputError
+        If the model does something that has no operation here.
     """
+    refuse_unpriced(model)
     rows = Rows(model, loads)
     return [
         *_arrive(rows),
@@ -136,6 +143,7 @@ def _experts(r: Rows) -> list[Work]:
         works += r.ffn("shared experts", Stage.SHARED_EXPERTS, width, moe, r.routed)
     return [
         *works,
+        *_latent(r, "latent down", model.comm_size, model.hidden_size),
         *r.exchange("dispatch", Stage.DISPATCH, loads.sent, moe),
         *_gather(r, AllGather, "dispatch all-gather", Stage.DISPATCH),
         each("permute", Stage.EXPERTS, moved),
@@ -143,12 +151,18 @@ def _experts(r: Rows) -> list[Work]:
         each("unpermute", Stage.EXPERTS, back),
         *_gather(r, ReduceScatter, "combine reduce-scatter", Stage.COMBINE),
         *r.exchange("combine", Stage.COMBINE, loads.sent.swapaxes(-1, -2), moe),
+        *_latent(r, "latent up", model.hidden_size, model.comm_size),
         *(
             r.over_tp(AllReduce, "experts all-reduce", moe)
             if r.layout.fused
             else r.over_tp(AllGather, "tokens all-gather", moe)
         ),
     ]
+
+
+def _latent(r: Rows, name: str, n: int, k: int) -> list[Work]:
+    """Project the routed tokens to the width of the experts, or back, where it is not hidden's."""
+    return [] if n == k else [r.gemm(name, Stage.EXPERTS, n, k, r.moe_layers, r.routed)]
 
 
 def _shown(r: Rows, shape: tuple[int, ...]) -> Ints | None:

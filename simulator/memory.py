@@ -170,20 +170,27 @@ def weights_outside_experts(model: ModelSpec, layout: Layout) -> Floats:
         moe = len(set(layers) & set(model.moe_layer_ids))
         dense = (len(layers) - moe) * (model.dense_width // layout.tp)
         ffn = model.ffn_matrices * hidden * (dense + moe * layout.shared_width(model))
-        matrices = len(layers) * a.matrix_parameters(hidden) + ffn
-        vectors = len(layers) * (2 * hidden + a.vector_parameters(hidden)) + moe * router
+        matrices = len(layers) * a.matrix_parameters(hidden) + ffn + moe * model.latent_params
+        vectors = len(layers) * (model.norm_vectors * hidden + a.vector_parameters(hidden))
+        vectors += moe * router + _part_vectors(model, layers)
         first, last = number == 0, number == layout.pp - 1
         tied = model.tie_embeddings and first
         vectors += (first + (last and not tied)) * vocabulary + last * hidden
+        vectors += last * sum(p.vector_params for p in model.parts if not p.layers)
         sizes.append(
             bytes_of(model.weight_dtype, matrices) + bytes_of(model.activation_dtype, vectors)
         )
     return np.array(sizes)
 
 
+def _part_vectors(model: ModelSpec, layers: Sequence[int]) -> int:
+    """Parameters of scales, norms and biases that only some families have, in some layers."""
+    return sum(len(set(layers) & set(p.layers)) * p.vector_params for p in model.parts)
+
+
 def expert_slot_bytes(model: ModelSpec, layout: Layout) -> float:
     """Bytes of one expert slot of one layer on one rank: its slice of the width."""
-    width, hidden = layout.slice_width(model), model.hidden_size
+    width, hidden = layout.slice_width(model), model.comm_size
     inner = (2 if model.gated else 1) * width
     biases = inner + hidden if model.expert_bias else 0
     matrices = bytes_of(model.expert_dtype, hidden * (inner + width))

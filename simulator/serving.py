@@ -78,7 +78,7 @@ class ClosedLoop:
             inputs=drawn.inputs,
             outputs=drawn.outputs,
             source=f"closed loop of {self.concurrency}, {self.requests} requests with lengths "
-            f"drawn from {len(self.lengths)} pair(s), seed {seed}",
+            f"drawn from {self.lengths.statement}, seed {seed}",
         )
 
 
@@ -130,7 +130,7 @@ def serve(
     arrivals = workload if isinstance(workload, Arrivals) else workload.arrivals(seed)
     concurrency = workload.concurrency if isinstance(workload, ClosedLoop) else None
     scheduler = _scheduler(model, cluster, deployment, arrivals, options, concurrency)
-    source = draw_requests(trace, len(arrivals), seed)
+    source = draw_requests(trace, len(arrivals), seed, arrivals.lengths)
     cost = ClusterStepCost(model, trace, cluster, deployment, source, arrivals.inputs, seed=seed)
     served = run(arrivals, scheduler, cost)
     statements = (arrivals.source, source.statement, _statement(scheduler))

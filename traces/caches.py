@@ -250,23 +250,49 @@ def lru_hits_by_size(active: Bools) -> NDArray[np.int64]:
     -------
     int64 array ``[E + 1]``, hits by number of slots, over all layers.
     """
-    steps, layers, experts = _check_shape(active)
-    distances = np.zeros(experts, np.int64)
-    last = np.full((layers, experts), -1, np.int64)
-    per_step = max(int(np.count_nonzero(active) / max(steps, 1)) * experts, layers * experts, 1)
-    rows = max(_CHUNK_CELLS // per_step, 1)
-    for first in range(0, steps, rows):
-        used = active[first : first + rows]
-        time = np.arange(first, first + len(used))[:, None, None] * experts + np.arange(experts)
-        before = np.where(used, time, -1)
-        before = np.maximum.accumulate(np.concatenate([last[None], before]), axis=0)
-        last = before[-1]
+    _, layers, experts = _check_shape(active)
+    stacks = LruStacks(layers, experts)
+    stacks.play(active)
+    return stacks.hits.sum(axis=0)
+
+
+class LruStacks:
+    """L LRU caches of 0 to E slots that start empty; see `lru_hits_by_size`.
+
+    A sequence may be played in pieces.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._distances = np.zeros((layers, experts), np.int64)
+        self._last = np.full((layers, experts), -1, np.int64)
+        self._steps = 0
+
+    @property
+    def hits(self) -> NDArray[np.int64]:
+        """``[L, E + 1]`` by number of slots."""
+        return np.pad(np.cumsum(self._distances, axis=1), ((0, 0), (1, 0)))
+
+    def play(self, active: Bools) -> None:
+        """Play the next steps ``[S, L, E]``."""
+        steps, layers, experts = active.shape
+        many = int(np.count_nonzero(active) / max(steps, 1))
+        rows = max(_CHUNK_CELLS // max(many * experts, layers * experts, 1), 1)
+        for first in range(0, steps, rows):
+            self._play(active[first : first + rows])
+
+    def _play(self, used: Bools) -> None:
+        layers, experts = self._last.shape
+        time = np.arange(self._steps, self._steps + len(used))[:, None, None] * experts
+        before = np.where(used, time + np.arange(experts), -1)
+        before = np.maximum.accumulate(np.concatenate([self._last[None], before]), axis=0)
+        self._last, self._steps = before[-1], self._steps + len(used)
         step, layer, expert = np.nonzero(used)
         stack = before[step, layer]  # [n, E], last use of each expert of the layer
         own = stack[np.arange(len(step)), expert]
         newer = np.count_nonzero(stack > own[:, None], axis=1)
-        distances += np.bincount(newer[own >= 0], minlength=experts)
-    return np.concatenate([[0], np.cumsum(distances)])
+        cell = (layer * experts + newer)[own >= 0]
+        counts = np.bincount(cell, minlength=layers * experts)
+        self._distances += counts.reshape(layers, experts)
 
 
 def _check_shape(active: Bools) -> tuple[int, int, int]:

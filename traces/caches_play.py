@@ -132,7 +132,7 @@ def play_pool(
 ) -> Played:  # fmt: skip
     """Play one cache for all layers, access by access; parameters as `play_layers`."""
     steps, layers, experts = active.shape
-    pool = _Pool(slots, keys.initial, np.flatnonzero(start))
+    pool = Pool(slots, keys.initial, np.flatnonzero(start))
     seen, loads, fetched = (bytearray(active.size) for _ in range(3))
     for first in range(0, steps, _CHUNK_STEPS):
         part = slice(first, first + _CHUNK_STEPS)
@@ -183,8 +183,10 @@ def _cells(chosen: Bools) -> list[list[int]]:
     return [cells[a:b] for a, b in pairwise(edges)]
 
 
-class _Pool:
+class Pool:
     """One cache over all cells; a heap whose outdated entries are skipped finds the smallest key.
+
+    A sequence may be played in pieces: `touch` with the new keys of an access, then `admit` it.
 
     Cells that are wanted may come up in the heap; they are set aside, and go only when nothing
     else is left.

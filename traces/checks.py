@@ -14,6 +14,8 @@ from basis.errors import InputError
 from traces.meta import MISSING, TraceMeta
 
 _CHUNK_CELLS = 2**22  # expert ids checked at a time
+_BLOCK_CELLS = 2**13  # cells compared at a time: their ids stay in the cache of a core
+_FEW = 64  # top-k up to which comparing all pairs is faster than sorting
 _REMEDY = {
     "bad rows": "request, position and step must be at least 0, the domain one of those listed",
     "cells missing": "a token needs an expert in every layer; record again or drop such tokens",
@@ -74,29 +76,57 @@ def _findings(
     """Yield kind and mask (``[T]`` rows or ``[T, L]`` cells) of what is wrong."""
     request, domain, experts = columns["request_id"], columns["domain"], columns["experts"]
     negative = (request >= 0) & ((columns["position"] < 0) | (columns["step"] < 0))
-    bad_rows = (request < -1) | negative | (domain < 0) | (domain >= num_domains)
-    missing = (experts == MISSING).any(axis=-1)
-    ordered = np.sort(experts, axis=-1)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
-    masks = {
-        "bad rows": bad_rows,
-        "cells missing": missing,
-        "cells out of range": (ordered[..., -1] >= meta.num_experts) & ~missing,
-        "cells with a repeated expert": repeated & ~missing,
-    }
+    masks = {"bad rows": (request < -1) | negative | (domain < 0) | (domain >= num_domains)}
+    if not _are_distinct_below(experts, meta.num_experts):
+        masks |= _bad_cells(experts, meta.num_experts)
     if "weights" in columns:
         weights = columns["weights"]
+        missing = (experts == MISSING).any(axis=-1)
         good = np.isfinite(weights) & (weights >= 0)
         masks["cells with bad weights"] = ~good.all(axis=-1) & ~missing
     if "candidates" in columns:
-        best, scores = np.sort(columns["candidates"], axis=-1), columns["candidate_scores"]
-        masks["cells with bad candidates"] = (best[..., 1:] == best[..., :-1]).any(axis=-1) | (
-            best[..., -1] >= meta.num_experts
-        )
+        best, scores = columns["candidates"], columns["candidate_scores"]
+        if not _are_distinct_below(best, meta.num_experts):
+            masks["cells with bad candidates"] = _are_repeated(best) | (
+                best.max(axis=-1) >= meta.num_experts
+            )
         fine = (np.isfinite(scores) & (scores >= 0)).all(axis=-1)
         fine &= (scores[..., 1:] <= scores[..., :-1]).all(axis=-1)
         masks["cells with bad candidate scores"] = ~fine
     yield from ((kind, mask) for kind, mask in masks.items() if mask.any())
+
+
+def _are_distinct_below(ids: NDArray[np.uint16], limit: int) -> bool:
+    """Whether all ids ``[T, L, K]`` are below ``limit`` and distinct along K; exact.
+
+    Every pair of the K is compared, over many cells at once: much faster than sorting each cell.
+    """
+    top_k = ids.shape[-1]
+    if ids.size and int(ids.max()) >= limit:
+        return False
+    if top_k > _FEW:
+        return not _are_repeated(ids).any()
+    cells = ids.reshape(-1, top_k)
+    for start in range(0, len(cells), _BLOCK_CELLS):
+        columns = np.ascontiguousarray(cells[start : start + _BLOCK_CELLS].T)
+        if any((columns[k] == columns[k + 1 :]).any() for k in range(top_k - 1)):
+            return False
+    return True
+
+
+def _are_repeated(ids: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Return ``[T, L]`` whether a cell of ``[T, L, K]`` has an id twice."""
+    ordered = np.sort(ids, axis=-1)
+    return (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+
+
+def _bad_cells(experts: NDArray[np.uint16], num_experts: int) -> dict[str, NDArray[np.bool_]]:
+    missing = (experts == MISSING).any(axis=-1)
+    return {
+        "cells missing": missing,
+        "cells out of range": (experts.max(axis=-1) >= num_experts) & ~missing,
+        "cells with a repeated expert": _are_repeated(experts) & ~missing,
+    }
 
 
 def check_positions(request_id: NDArray[np.int32], position: NDArray[np.int32], where: str) -> None:

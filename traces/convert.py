@@ -1,7 +1,7 @@
 """Traces from one file format to another, by suffix, without losing a bit.
 
-Parquet (own schema or a transport file) and npz are read; Parquet (own schema), npz and JSONL
-are written. Layouts: ``docs/reference/trace-schema.md``.
+Parquet (own schema or a transport file), npz and JSONL are read; Parquet (own schema), npz and
+JSONL are written. Layouts: ``docs/reference/trace-schema.md``.
 """
 
 import json
@@ -11,15 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from basis.errors import InputError
 from traces.checks import check_cells, check_positions
-from traces.meta import decode, encode
+from traces.json_lines import rows_of_lists, tables
+from traces.meta import TraceMeta, decode, encode
+from traces.parquet_columns import Columns, row_shapes
 from traces.routing_trace import MAX_BYTES, RoutingTrace, read_trace, write_trace
 
 _COLUMNS = ("request_id", "position", "decode", "step", "domain", "experts")
 _OPTIONAL = ("weights", "candidates", "candidate_scores")
+_MOST_HEAD = 2**26
+_IDS, _NUMBERS = (pa.list_(pa.list_(kind)) for kind in (pa.int32(), pa.float32()))
+_JSONL_SCHEMA = pa.schema(
+    {
+        "request_id": pa.int32(),
+        "position": pa.int32(),
+        "phase": pa.string(),
+        "step": pa.int32(),
+        "domain": pa.string(),
+        "experts": _IDS,
+        "weights": _NUMBERS,
+        "candidates": _IDS,
+        "candidate_scores": _NUMBERS,
+    }
+)
 
 
 def convert(source: Path, target: Path) -> RoutingTrace:
@@ -28,7 +47,7 @@ def convert(source: Path, target: Path) -> RoutingTrace:
     Parameters
     ----------
     source : Path
-        ``.parquet`` or ``.npz``.
+        ``.parquet``, ``.npz`` or ``.jsonl``.
     target : Path
         ``.parquet``, ``.npz`` or ``.jsonl``.
 
@@ -43,7 +62,7 @@ def convert(source: Path, target: Path) -> RoutingTrace:
         If a suffix is not one of these, both are the same file, or the source is bad.
     """
     source, target = Path(source), Path(target)
-    readers = {".parquet": read_trace, ".npz": read_npz}
+    readers = {".parquet": read_trace, ".npz": read_npz, ".jsonl": read_jsonl}
     writers = {".parquet": write_trace, ".npz": write_npz, ".jsonl": write_jsonl}
     for path, known, verb in ((source, readers, "read"), (target, writers, "write")):
         if path.suffix not in known:
@@ -135,3 +154,73 @@ def write_jsonl(trace: RoutingTrace, path: Path) -> None:
                     f'"phase": {phases[decoded]}, "step": {step}, "domain": {texts[domain]}, '
                     f'"experts": {json.dumps(experts)}{tail}}}\n'
                 )
+
+
+def read_jsonl(path: Path) -> RoutingTrace:
+    """Read a trace from JSON lines that `write_jsonl` wrote, block by block.
+
+    Raises
+    ------
+    InputError
+        If the first line is no description of a trace, a line is damaged, the rows take too much
+        memory, or a row is bad.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file -- give the path of a JSONL trace")
+    with path.open("rb") as file:
+        first = file.readline(_MOST_HEAD)
+    try:
+        meta, domains = decode(first)
+    except InputError as error:
+        raise InputError(f"{path}: line 1: {error}") from None
+    parts: list[Columns] = []
+    total = 0
+    for record, table in tables(path, _JSONL_SCHEMA):
+        rows = table.slice(1) if record == 1 else table  # the first line is the description
+        if rows.num_rows:
+            parts.append(_columns(rows, meta, domains, f"{path}: rows from line {record}"))
+            total += sum(column.nbytes for column in parts[-1].values())
+        if total > MAX_BYTES:
+            raise InputError(f"{path}: more than {MAX_BYTES} bytes in memory -- use Parquet")
+    if not parts:
+        raise InputError(f"{path}: no rows after the first line -- was it cut off?")
+    if any(part.keys() != parts[0].keys() for part in parts):
+        raise InputError(f"{path}: weights in some rows only -- in all rows, or in none")
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    check_cells(whole, meta, len(domains), str(path))
+    check_positions(whole["request_id"], whole["position"], str(path))
+    return RoutingTrace(meta=meta, domains=domains, **whole)
+
+
+def _columns(table: Any, meta: TraceMeta, domains: tuple[str, ...], where: str) -> Columns:
+    absent = [n for n in ("phase", *_COLUMNS) if n != "decode" and table[n].null_count]
+    if absent:
+        raise InputError(f"{where}: a row has no {', '.join(absent)} -- every token needs them")
+    if set(pc.unique(table["phase"]).to_pylist()) - {"prefill", "decode"}:
+        raise InputError(f"{where}: phase must be prefill or decode")
+    domain = pc.index_in(table["domain"], value_set=pa.array(domains, pa.string()))
+    if domain.null_count:
+        raise InputError(f"{where}: a domain is none of the first line's -- {', '.join(domains)}")
+    found: Columns = {n: np.asarray(table[n]) for n in ("request_id", "position", "step")}
+    found["decode"] = np.asarray(pc.equal(table["phase"], "decode"))
+    found["domain"] = np.asarray(domain).astype(np.int16)
+    weighted = table["weights"].null_count < table.num_rows
+    shapes = row_shapes(meta, weights=weighted, candidates=meta.num_candidates > 0)
+    for name, (dtype, shape) in shapes.items():
+        if shape:
+            found[name] = _nested(table[name], dtype, shape, f"{where}: {name}")
+    return found
+
+
+def _nested(column: Any, dtype: type, shape: tuple[int, ...], where: str) -> NDArray[Any]:
+    """Return ``[N, L, K]`` from N lists of L lists of K numbers."""
+    outer = column.combine_chunks()
+    if outer.null_count or pc.any(pc.not_equal(pc.list_value_length(outer), shape[0])).as_py():
+        raise InputError(f"{where} of a row is not {shape[0]} lists, one per layer")
+    inner = pa.chunked_array([outer.flatten()])
+    values = rows_of_lists(inner, shape[1], f"{where} of a row and layer")
+    if dtype is np.uint16 and not ((values >= 0) & (values < 2**16)).all():
+        raise InputError(f"{where}: ids from {values.min()} to {values.max()} -- 0 to 65535")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as a bad weight
+        return values.astype(dtype).reshape(-1, *shape)

@@ -6,7 +6,7 @@ embeddings included, and stored sizes include the block scales of the number for
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -14,81 +14,9 @@ from basis.dtypes import DTYPES, bytes_of
 from basis.errors import InputError
 from basis.schema import Strict, read_data, validate
 from traces.config_families import geometry
+from traces.model_attention import Attention, Part
 
-
-class Attention(Strict):
-    """Attention of every layer, grouped-query (GQA) or multi-head latent (MLA)."""
-
-    kind: Literal["gqa", "mla"]
-    num_heads: PositiveInt
-    """Query heads."""
-    num_kv_heads: PositiveInt
-    """Key/value heads before any compression; MLA stores none of them."""
-    head_dim: PositiveInt
-    """Elements per query and key head (MLA: without and with rotary position, together)."""
-    v_head_dim: PositiveInt
-    """Elements per value head."""
-    q_lora_rank: PositiveInt | None = None
-    """MLA: width of the compressed query; None where queries are not compressed."""
-    kv_lora_rank: PositiveInt | None = None
-    """MLA: width of the stored latent."""
-    qk_rope_head_dim: PositiveInt | None = None
-    """MLA: elements of the one shared rotary key that is stored beside the latent."""
-    qk_nope_head_dim: PositiveInt | None = None
-    """MLA: elements per head without rotary position."""
-    windows: tuple[PositiveInt | None, ...] = ()
-    """Tokens that each layer of the model attends to; None = all of them. Empty: all in all layers
-    (filled in by the model)."""
-    bias: Literal["none", "qkv", "qkvo"] = "none"
-    """Projections that have a bias."""
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMS norm on queries and keys, over one head or over all heads together."""
-    sinks: bool = False
-    """One learnt sink logit per query head (gpt-oss)."""
-
-    @model_validator(mode="after")
-    def _mla_is_whole(self) -> "Attention":
-        latent = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim)
-        if self.kind == "mla" and None in latent:
-            raise ValueError("mla needs kv_lora_rank, qk_rope_head_dim and qk_nope_head_dim")
-        if self.kind == "gqa" and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        return self
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements that one token adds to the KV cache of one layer."""
-        if self.kind == "mla":
-            return (self.kv_lora_rank or 0) + (self.qk_rope_head_dim or 0)
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim)
-
-    def matrix_parameters(self, hidden_size: int) -> int:
-        """Parameters of one layer's projection matrices."""
-        query, value = self.num_heads * self.head_dim, self.num_heads * self.v_head_dim
-        if self.kind == "gqa":
-            return hidden_size * (query + self.kv_elements_per_token + value)
-        latent, nope = self.kv_lora_rank or 0, self.qk_nope_head_dim or 0
-        down_q = hidden_size * self.q_lora_rank if self.q_lora_rank else 0
-        up_q = (self.q_lora_rank or hidden_size) * query
-        up_kv = latent * self.num_heads * (nope + self.v_head_dim)
-        down_kv = hidden_size * self.kv_elements_per_token
-        return down_q + up_q + down_kv + up_kv + value * hidden_size
-
-    def vector_parameters(self, hidden_size: int) -> int:
-        """Parameters of one layer's biases, sinks and inner norms."""
-        query = self.num_heads * self.head_dim
-        key, value = self.num_kv_heads * self.head_dim, self.num_kv_heads * self.v_head_dim
-        bias = {"none": 0, "qkv": query + key + value, "qkvo": query + key + value + hidden_size}
-        norm = {"none": 0, "head": 2 * self.head_dim, "full": query + key}
-        latent = (self.q_lora_rank or 0) + (self.kv_lora_rank or 0)  # MLA norms both latents
-        sinks = self.num_heads if self.sinks else 0
-        return bias[self.bias] + norm[self.qk_norm] + latent + sinks
-
-    def parameters(self, hidden_size: int) -> int:
-        """Parameters of one layer's attention, biases and inner norms included."""
-        return self.matrix_parameters(hidden_size) + self.vector_parameters(hidden_size)
+__all__ = ["Attention", "ModelSpec", "Part", "load_model"]
 
 
 class ModelSpec(Strict):
@@ -98,15 +26,26 @@ class ModelSpec(Strict):
     family: str
     """``model_type`` of the configuration."""
     num_layers: PositiveInt
+    """Layers; of an encoder-decoder those of both, the encoder's first."""
+    encoder_layers: int = Field(default=0, ge=0)
+    """How many of them are an encoder's."""
     hidden_size: PositiveInt
     vocab_size: PositiveInt
     tie_embeddings: bool
     """Whether the head reuses the input embedding."""
     moe_layer_ids: tuple[int, ...] = Field(min_length=1)
     """Indices (from 0) of the layers with routed experts, ascending."""
+    dense_layer_ids: tuple[int, ...] | None = None
+    """Layers with a dense FFN; None = all that have no experts."""
+    attention_layers: tuple[int, ...] | None = None
+    """Layers that have ``attention``; None = all. What others have instead is in ``parts``."""
     num_experts: PositiveInt
+    zero_experts: int = Field(default=0, ge=0)
+    """Choices of the router beyond the experts, at which a token does no work (LongCat)."""
     top_k: PositiveInt
-    """Routed experts that a token uses in each MoE layer."""
+    """Choices that a token makes in each MoE layer."""
+    hash_layers: tuple[int, ...] = ()
+    """MoE layers in which the token's id alone chooses the experts (DeepSeek-V4)."""
     expert_width: PositiveInt
     """Inner width of one routed expert."""
     gated: bool = True
@@ -121,12 +60,19 @@ class ModelSpec(Strict):
     """Whether a learnt gate scales the shared expert (Qwen2-MoE)."""
     dense_width: int = Field(default=0, ge=0)
     """Inner width of the FFN in layers without experts; 0 = there are none."""
+    norm_vectors: PositiveInt = 2
+    """Vectors of ``hidden_size`` in the norms of a layer, biases of layer norms among them."""
     num_expert_groups: PositiveInt = 1
     """Groups of the group-limited router (DeepSeek)."""
     attention: Attention
+    parts: tuple[Part, ...] = ()
+    """All that the other fields do not describe."""
     weight_dtype: str
-    """Format of the matrices outside the routed experts; embeddings, head and router are not
-    quantised and follow ``activation_dtype``."""
+    """Format of the matrices outside the routed experts, the widest if there are several;
+    embeddings, head and router are not quantised and follow ``activation_dtype``."""
+    mixed_weights: tuple[str, ...] = ()
+    """Narrower formats that some of these matrices have; their bytes are then a bound from
+    above."""
     expert_dtype: str
     """Format of the routed experts' matrices."""
     activation_dtype: str
@@ -134,7 +80,8 @@ class ModelSpec(Strict):
     kv_dtype: str
     """Format of the KV cache."""
     comm_size: PositiveInt
-    """Elements per token that dispatch and combine send."""
+    """Width of what an expert takes and gives, in elements per token: dispatch and combine send
+    it. Where it is not ``hidden_size``, two matrices per MoE layer project to it and back."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,17 +95,27 @@ class ModelSpec(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelSpec":
-        ids = self.moe_layer_ids
-        if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= self.num_layers:
-            raise ValueError(f"moe_layer_ids must ascend within 0..{self.num_layers - 1}")
-        if self.top_k > self.num_experts:
+        for name in ("moe_layer_ids", "dense_layer_ids", "attention_layers", "hash_layers"):
+            ids = getattr(self, name) or ()
+            wrong = list(ids) != sorted(set(ids))
+            if wrong or (ids and (ids[0] < 0 or ids[-1] >= self.num_layers)):
+                raise ValueError(f"{name} must ascend within 0..{self.num_layers - 1}")
+        if self.top_k > self.num_experts + self.zero_experts:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}")
         windows = len(self.attention.windows)
         if windows != self.num_layers:
             raise ValueError(f"windows names {windows} layers, the model has {self.num_layers}")
-        if self.num_moe_layers < self.num_layers and not self.dense_width:
+        if self.dense_layers and not self.dense_width:
             raise ValueError("layers without experts need dense_width")
-        for dtype in (self.weight_dtype, self.expert_dtype, self.activation_dtype, self.kv_dtype):
+        if set(self.dense_layers) & set(self.moe_layer_ids):
+            raise ValueError("dense_layer_ids and moe_layer_ids have layers in common")
+        if not set(self.hash_layers) <= set(self.moe_layer_ids):
+            raise ValueError("hash_layers must be MoE layers")
+        for part in self.parts:
+            if part.layers and not 0 <= min(part.layers) <= max(part.layers) < self.num_layers:
+                raise ValueError(f"parts: layers of {part.name} within 0..{self.num_layers - 1}")
+        named = (self.weight_dtype, self.expert_dtype, self.activation_dtype, self.kv_dtype)
+        for dtype in (*named, *self.mixed_weights):
             if dtype not in DTYPES:
                 raise ValueError(f"unknown dtype {dtype!r} -- known are {', '.join(DTYPES)}")
         return self
@@ -169,6 +126,19 @@ class ModelSpec(Strict):
         return len(self.moe_layer_ids)
 
     @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers with a dense FFN."""
+        if self.dense_layer_ids is not None:
+            return self.dense_layer_ids
+        return tuple(sorted(set(range(self.num_layers)) - set(self.moe_layer_ids)))
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Layers whose ``attention`` keeps keys and values of every token."""
+        own = self.attention_layers
+        return tuple(range(self.num_layers)) if own is None else own
+
+    @property
     def ffn_matrices(self) -> int:
         """Matrices of a feed-forward network, expert or dense."""
         return 3 if self.gated else 2
@@ -176,13 +146,13 @@ class ModelSpec(Strict):
     @property
     def expert_matrix_params(self) -> int:
         """Parameters of one routed expert's matrices."""
-        return self.ffn_matrices * self.hidden_size * self.expert_width
+        return self.ffn_matrices * self.comm_size * self.expert_width
 
     @property
     def expert_vector_params(self) -> int:
         """Parameters of one routed expert's biases."""
         inner = (2 if self.gated else 1) * self.expert_width
-        return inner + self.hidden_size if self.expert_bias else 0
+        return inner + self.comm_size if self.expert_bias else 0
 
     @property
     def params_per_expert(self) -> int:
@@ -196,6 +166,11 @@ class ModelSpec(Strict):
         return matrices + bytes_of(self.activation_dtype, self.expert_vector_params)
 
     @property
+    def latent_params(self) -> int:
+        """Parameters of the projections to the experts' width and back, of one MoE layer."""
+        return 0 if self.comm_size == self.hidden_size else 2 * self.hidden_size * self.comm_size
+
+    @property
     def total_params(self) -> int:
         """All parameters, embeddings included, multi-token prediction not."""
         experts = self.num_moe_layers * self.num_experts * self.params_per_expert
@@ -206,8 +181,9 @@ class ModelSpec(Strict):
         """Parameters without the routed experts that a token does not use.
 
         Embedding and head are both included, whole (some publishers leave the embedding out).
+        Where a token may choose no work (``zero_experts``), it is the most that it can use.
         """
-        idle = self.num_moe_layers * (self.num_experts - self.top_k)
+        idle = self.num_moe_layers * max(self.num_experts - self.top_k, 0)
         return self.total_params - idle * self.params_per_expert
 
     @property
@@ -216,12 +192,19 @@ class ModelSpec(Strict):
 
         A sliding-window layer forgets it again: see `kv_bytes` for a whole sequence.
         """
-        return bytes_of(self.kv_dtype, self.num_layers * self.attention.kv_elements_per_token)
+        parts = sum(len(part.layers) * part.kv_elements for part in self.parts)
+        own = len(self.kv_layers) * self.attention.kv_elements_per_token
+        return bytes_of(self.kv_dtype, own + parts)
 
     def kv_bytes(self, context: int) -> float:
         """Bytes of KV cache of one sequence of ``context`` tokens, windows respected."""
-        tokens = sum(min(context, window or context) for window in self.attention.windows)
-        return bytes_of(self.kv_dtype, tokens * self.attention.kv_elements_per_token)
+        windows = [self.attention.windows[layer] for layer in self.kv_layers]
+        tokens = sum(min(context, window or context) for window in windows)
+        parts = sum(
+            len(part.layers) * min(context, part.window or context) * part.kv_elements
+            for part in self.parts
+        )
+        return bytes_of(self.kv_dtype, tokens * self.attention.kv_elements_per_token + parts)
 
     @property
     def bytes_outside_experts(self) -> float:
@@ -230,22 +213,49 @@ class ModelSpec(Strict):
         return bytes_of(self.weight_dtype, self._outer_matrix_params) + vectors
 
     @property
+    def unpriced(self) -> tuple[str, ...]:
+        """What the model does that no simulation knows the time of, in words."""
+        a = self.attention
+        found = [part.name for part in self.parts if part.works]
+        networks = {*self.dense_layers, *self.moe_layer_ids}
+        if len(networks) < self.num_layers:
+            found.append("layers without a feed-forward network")
+        if len(self.kv_layers) < self.num_layers and not found:
+            found.append("layers without attention")
+        if a.kind == "shared_kv":
+            found.append("one head that is key and value, with a grouped output projection")
+        if a.output_gate != "none":
+            found.append("an output gate on attention")
+        if a.chunked:
+            found.append("attention within chunks")
+        if self.zero_experts:
+            found.append("zero-computation experts")
+        if self.encoder_layers:
+            found.append("an encoder")
+        return tuple(dict.fromkeys(found))
+
+    @property
     def _outer_matrix_params(self) -> int:
         """Matrices that a quantised checkpoint quantises: attention, shared and dense FFN."""
-        dense = (self.num_layers - self.num_moe_layers) * self.dense_width
+        dense = len(self.dense_layers) * self.dense_width
         shared = self.num_moe_layers * self.shared_expert_width
         ffn = self.ffn_matrices * self.hidden_size * (dense + shared)
-        return self.num_layers * self.attention.matrix_parameters(self.hidden_size) + ffn
+        attention = len(self.kv_layers) * self.attention.matrix_parameters(self.hidden_size)
+        parts = sum(part.times * part.matrix_params for part in self.parts)
+        return attention + ffn + self.num_moe_layers * self.latent_params + parts
 
     @property
     def _outer_vector_params(self) -> int:
         """What stays in full precision: embeddings, head, routers, norms, biases."""
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        router = self.num_experts * (self.hidden_size + self.router_bias)
-        gate = self.hidden_size if self.shared_expert_gate else 0
-        inner = self.attention.vector_parameters(self.hidden_size)
-        layers = self.num_layers * (2 * self.hidden_size + inner)
-        return embeddings + self.num_moe_layers * (router + gate) + layers + self.hidden_size
+        choices, routers = self.num_experts + self.zero_experts, self.num_moe_layers
+        biased = (routers - len(self.hash_layers)) * self.router_bias
+        router = choices * (routers * self.hidden_size + biased)
+        gate = routers * self.hidden_size if self.shared_expert_gate else 0
+        inner = len(self.kv_layers) * self.attention.vector_parameters(self.hidden_size)
+        norms = (self.num_layers * self.norm_vectors + 1) * self.hidden_size
+        parts = sum(part.times * part.vector_params for part in self.parts)
+        return embeddings + router + gate + inner + norms + parts
 
 
 def load_model(path: Path) -> ModelSpec:
@@ -254,8 +264,10 @@ def load_model(path: Path) -> ModelSpec:
     Parameters
     ----------
     path : Path
-        The file (JSON, or YAML with the same keys), or the folder that holds ``config.json``. For a
-        model that never had one, the fields of `ModelSpec` themselves.
+        The file (JSON, or YAML with the same keys), or the folder that holds ``config.json``. A
+        ``hf_quant_config.json`` beside it counts where the configuration does not say how the
+        checkpoint is quantised. For a model that never had one, the fields of `ModelSpec`
+        themselves.
 
     Raises
     ------
@@ -269,14 +281,10 @@ def load_model(path: Path) -> ModelSpec:
     config = read_data(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a mapping, got {type(config).__name__}")
-    beside = path.with_name(path.name.replace("config", "hf_quant_config"))
-    if beside != path and beside.is_file():
-        raise InputError(
-            f"{path}: {beside.name} beside it says that the checkpoint is quantised by modelopt, "
-            "which is not supported -- give the config of the unquantised or FP8 checkpoint"
-        )
     if "moe_layer_ids" in config:
         return validate(config, ModelSpec, str(path))
-    fields = geometry(config, str(path))
+    beside = path.with_name(path.name.replace("config", "hf_quant_config"))
+    quantised = read_data(beside) if beside != path and beside.is_file() else None
+    fields = geometry(config, str(path), quantised)
     stem = path.parent.name if path.stem == "config" else path.stem.removesuffix("_config")
     return validate({"name": stem, **fields}, ModelSpec, str(path))

@@ -25,6 +25,7 @@ Columns = dict[str, NDArray[Any]]
 ``[T, L, K]``, maybe ``candidates`` and ``candidate_scores`` ``[T, L, M]``."""
 Shapes = dict[str, tuple[type, tuple[int, ...]]]
 """Type and shape of one row of each column."""
+_READ_BYTES = 2**20  # of a column, at a time
 
 
 def row_shapes(meta: TraceMeta, *, weights: bool, candidates: bool) -> Shapes:
@@ -87,7 +88,12 @@ class TraceFile:
         if not path.is_file():
             raise InputError(f"{path}: no such file -- give the path of a routing trace (Parquet)")
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            self._file = pq.ParquetFile(
+                path,
+                page_checksum_verification=True,
+                pre_buffer=False,  # else all that was read stays in memory until the file closes
+                buffer_size=_READ_BYTES,  # else a row group's column is read in one piece
+            )
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{path}: not a readable Parquet file ({_first_line(error)}) -- is it truncated, a "
@@ -166,6 +172,25 @@ class TraceFile:
             ) from error
         if seen != self.num_rows:
             raise InputError(f"{self.path}: {seen} rows, the footer declares {self.num_rows}")
+
+    def ids(self, rows: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Read request ids and positions only, at most ``rows`` at a time.
+
+        Raises
+        ------
+        InputError
+            As `batches`.
+        """
+        seen = 0
+        try:
+            for batch in self._file.iter_batches(rows, columns=["request_id", "position"]):
+                yield self._column(batch, "request_id", seen), self._column(batch, "position", seen)
+                seen += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{self.path}: damaged after row {seen} ({_first_line(error)}) -- fetch or record "
+                "it again"
+            ) from error
 
     def _stored_name(self, name: str) -> str:
         return "phase" if name == "decode" and not self._own else name

@@ -2,15 +2,17 @@
 
 An arrival trace has lengths but no experts, a routing trace has experts but its own lengths. Each
 served request draws a request of the trace, with replacement, and walks round its recorded tokens
-from an offset; places and offsets are counts of tokens.
+from an offset, as often as its own length asks for; what repeats is counted and said. Places and
+offsets are counts of tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from traces.arrivals import Lengths
 from traces.routing_trace import RoutingTrace, request_order
 
 Ints = NDArray[np.int64]
@@ -53,6 +55,23 @@ class Walks:
         place = np.stack([first + rest[1], first + rest[0], first + length, first])
         return place, np.stack([one, -one, whole, -whole])
 
+    def mark(self, steps: Ints, tokens: Ints) -> None:
+        """Add to ``steps`` where spans of the walks' first ``tokens`` places begin and end.
+
+        Parameters
+        ----------
+        steps : int64 array [T + 1]
+            Its running sum counts, afterwards, how many walks come by each place.
+        tokens : int64 array [N]
+            At least 0.
+        """
+        end = self.offset + np.minimum(tokens, self.length)
+        around = np.maximum(end - self.length, 0)  # places from the start of the stretch again
+        np.add.at(steps, self.first + self.offset, 1)
+        np.add.at(steps, self.first + end - around, -1)
+        np.add.at(steps, self.first, 1)
+        np.add.at(steps, self.first + around, -1)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RequestSource:
@@ -83,8 +102,23 @@ class RequestSource:
         answer = self.answer.places(who, np.arange(split, stop) - inputs)
         return self.rows[np.concatenate([prompt, answer])]
 
+    def distinct_rows(self, lengths: Lengths) -> int:
+        """Count the rows of the trace that stand for at least one token of the requests.
 
-def draw_requests(trace: RoutingTrace, count: int, seed: int) -> RequestSource:
+        Parameters
+        ----------
+        lengths : Lengths
+            Of the N served requests. The last token of an answer is not computed again.
+        """
+        steps = np.zeros(len(self.rows) + 1, dtype=np.int64)
+        self.prompt.mark(steps, lengths.inputs)
+        self.answer.mark(steps, lengths.outputs - 1)
+        return int(np.count_nonzero(np.cumsum(steps)[:-1]))
+
+
+def draw_requests(
+    trace: RoutingTrace, count: int, seed: int, lengths: Lengths | None = None
+) -> RequestSource:
     """Give ``count`` served requests the routing of requests of the trace.
 
     Every served request draws one request of the trace, uniformly and with replacement. Its prompt
@@ -100,16 +134,20 @@ def draw_requests(trace: RoutingTrace, count: int, seed: int) -> RequestSource:
         Served requests, N.
     seed : int
         Of ``numpy.random.default_rng``.
+    lengths : Lengths, optional
+        Of the N served requests, so that the statement tells how much of the routing repeats.
 
     Raises
     ------
     InputError
-        If ``count`` is below 1 or the trace is empty.
+        If ``count`` is below 1, the trace is empty, or there are not N lengths.
     """
     if count < 1 or not trace.num_tokens:
         raise InputError(
             f"{count} requests from {trace.num_tokens} recorded tokens -- both are at least 1"
         )
+    if lengths is not None and len(lengths) != count:
+        raise InputError(f"{len(lengths)} lengths for {count} requests -- give one pair for each")
     number = request_order(trace)
     rows = np.lexsort((trace.position, trace.decode, number))
     total = np.bincount(number)
@@ -122,13 +160,16 @@ def draw_requests(trace: RoutingTrace, count: int, seed: int) -> RequestSource:
 
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(total), size=count)
-    return RequestSource(
+    source = RequestSource(
         rows=rows,
         prompt=_walks(first, prompt_length, drawn, rng),
         answer=_walks(answer_first, answer_length, drawn, rng),
         statement=_statement(trace, count, seed, drawn, has_prompt, has_answer),
         stand_in=not (has_prompt[drawn].all() and has_answer[drawn].all()),
     )
+    if lengths is None:
+        return source
+    return replace(source, statement=source.statement + _repeated(source, lengths))
 
 
 def _walks(first: Ints, length: Ints, drawn: Ints, rng: np.random.Generator) -> Walks:
@@ -150,8 +191,20 @@ def _statement(
         lacking = np.count_nonzero(~having[drawn])
         if lacking:
             lent += f"; {other} tokens stand in for the {phase} of {lacking} of them"
+    times = np.bincount(drawn)
+    again = np.count_nonzero(times > 1)
     return (
         f"routing of {count} requests drawn with replacement from the {len(has_prompt)} of the "
         f"{kind} trace of {trace.meta.model}, prompts and answers each from a random offset, round "
-        f"again where the trace's request ends, seed {seed}{lent}"
+        f"again where the trace's request ends, seed {seed}{lent}; {np.count_nonzero(times)} "
+        f"recorded requests serve, {again} of them more than once (at most {times.max()} times)"
+    )
+
+
+def _repeated(source: RequestSource, lengths: Lengths) -> str:
+    tokens = int(lengths.inputs.sum() + (lengths.outputs - 1).sum())
+    repeated = tokens - source.distinct_rows(lengths)
+    return (
+        f"; of {tokens} tokens {repeated} ({100 * repeated / tokens:.1f} %) repeat the routing of "
+        "a recorded token that another one has"
     )

@@ -139,7 +139,7 @@ def check_against_model(trace: RoutingTrace, model: ModelSpec) -> None:
     problems = [
         f"{name}: trace {ours}, config {theirs}"
         for name, ours, theirs in (
-            ("num_experts", meta.num_experts, model.num_experts),
+            ("num_experts", meta.num_experts, model.num_experts + model.zero_experts),
             ("top_k", meta.top_k, model.top_k),
         )
         if ours != theirs

@@ -3,7 +3,8 @@
 Loads are shares of a layer's choices (sum 1 over its experts). `synthetic_step_counts` draws
 loads only; `synthetic_trace` draws tokens with distinct experts. Neither has co-activation or
 layer-to-layer structure; reuse between the tokens of a request only where it is asked for. What
-they can show is balance and cache mechanics, not affinity.
+they can show is balance and cache mechanics, not affinity; a generator fitted to a recorded trace
+(`traces.synth_fit`) has both.
 """
 
 import csv
@@ -232,6 +233,20 @@ def shares_from_loadstats(csv_path: Path, num_experts: int, seed: int) -> Floats
     rows = zip(counts, table["gpqa_max_over_mean"], top, strict=True)
     loads = np.array([_layer_loads(*row, edges) for row in rows])
     return rng.permuted(loads / loads.sum(axis=1, keepdims=True), axis=1)
+
+
+def loadstats_layers(csv_path: Path) -> tuple[int, ...]:
+    """Return the model's layer index of each row of a per-layer load file (column ``layer``).
+
+    Raises
+    ------
+    InputError
+        If the file or the column is missing.
+    """
+    table = _read_table(Path(csv_path))
+    if "layer" not in table:
+        raise InputError(f"{csv_path}: column layer is missing -- the model's layer of each row")
+    return tuple(table["layer"].astype(int).tolist())
 
 
 def _read_table(path: Path) -> dict[str, Floats]:

@@ -15,7 +15,16 @@ def test_weakest_evidence() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "elements", "size"),
-    [("bf16", 10, 20), ("fp8", 10, 10), ("mxfp4", 32, 17), ("nvfp4", 16, 9), ("int4", 128, 66)],
+    [
+        ("bf16", 10, 20),
+        ("fp8", 10, 10),
+        ("mxfp4", 32, 17),
+        ("nvfp4", 16, 9),
+        ("int4", 128, 66),
+        ("mxfp8", 32, 33),
+        ("nvfp4_w4a16", 16, 9),
+        ("int4_g32", 32, 18),
+    ],
 )
 def test_bytes_include_scales(dtype: str, elements: int, size: float) -> None:
     assert bytes_of(dtype, elements) == size

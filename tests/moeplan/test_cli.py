@@ -17,7 +17,43 @@ OPTIONS = {
     "plan": {"--json", "scenario", "--out"},
     "simulate": {"--json", "scenario", "--deployment", "--model", "--trace", "--out"},
     "compare": {"--json", "scenario", "--clusters", "--out"},
-    "trace stats": {"--json", "trace"},
+    "trace record": {
+        "--json",
+        "model",
+        "--prompts",
+        "--out",
+        "--max-new-tokens",
+        "--batch",
+        "--candidates",
+        "--domain-key",
+        "--device",
+        "--dtype",
+    },
+    "trace import": {
+        "--json",
+        "source",
+        "target",
+        "--format",
+        "--model",
+        "--domain",
+        "--licence",
+        "--list",
+    },
+    "trace stats": {"--json", "trace", "--out", "--scheduler"},
+    "trace synth": {
+        "--json",
+        "--like",
+        "--fit",
+        "--loads",
+        "--num-experts",
+        "--top-k",
+        "--model",
+        "--tokens",
+        "--requests",
+        "--seed",
+        "--out",
+        "--save-fit",
+    },
     "trace convert": {"--json", "source", "target"},
     "hardware list": {"--json"},
     "hardware show": {"--json", "name"},
@@ -165,9 +201,10 @@ def test_trace_and_hardware_commands(
     scenario()
     trace = tmp_path / "tiny.parquet"
     stats = _json(capsys, "trace", "stats", str(trace))
-    assert stats["num_tokens"] == 1200
+    assert stats["tokens"] == 1200
     _json(capsys, "trace", "convert", str(trace), str(tmp_path / "tiny.npz"))
-    assert _json(capsys, "trace", "stats", str(tmp_path / "tiny.npz")) == stats
+    again = _json(capsys, "trace", "stats", str(tmp_path / "tiny.npz"))
+    assert again == stats | {"files": ["tiny.npz"]}
     assert "hgx-h100-8" in _json(capsys, "hardware", "list")["clusters"]
     assert _json(capsys, "hardware", "show", "h100")["name"] == "h100"
     assert _json(capsys, "hardware", "show", "hgx-h100-8x2")["name"] == "hgx-h100-8x2"

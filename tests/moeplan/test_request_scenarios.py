@@ -67,6 +67,43 @@ def test_poisson_arrivals_have_their_rate(
     assert found["ttft_s"] <= found["ttft_s_p99"]
 
 
+def _spread_of_gaps(folder: Path) -> tuple[float, str]:
+    """Return the coefficient of variation of the gaps between requests, and what is said."""
+    result = json.loads((folder / "result.json").read_text())
+    gaps = np.diff([0.0, *result["requests"]["arrival_s"]])
+    return float(gaps.std() / gaps.mean()), " ".join(result["statements"])
+
+
+@pytest.mark.parametrize(
+    ("cv", "said"),
+    [
+        (2.5, "gamma gaps with a coefficient of variation of 2.5, 50 requests/s"),
+        (1, "Poisson, 50 requests/s"),
+        (0, "evenly spaced, 50 requests/s"),
+    ],
+)
+def test_arrivals_are_as_bursty_as_asked(
+    scenario: Write, tmp_path: Path, served: Callable[..., dict[str, Any]], cv: float, said: str
+) -> None:
+    path = scenario(workload={"rate": 50.0, "cv": cv, "requests": 300, **LENGTHS})
+    served(path, "--out", str(tmp_path / "out"))
+    spread, statements = _spread_of_gaps(tmp_path / "out")
+    of_deviation = ((2 + 6 * cv**2) / 300) ** 0.5 / 2 + cv / 300**0.5
+    assert spread == pytest.approx(cv, rel=4 * of_deviation, abs=1e-6)
+    assert said in statements
+
+
+@pytest.mark.parametrize("load", [{"rate": 50.0}, {"concurrency": 4}])
+def test_lengths_come_from_a_file(
+    scenario: Write, tmp_path: Path, served: Callable[..., dict[str, Any]], load: dict[str, Any]
+) -> None:
+    lines = [{"prompt": "..", "prompt_len": 40, "output_tokens": 7}] * 3
+    (tmp_path / "custom.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    found = served(scenario(workload={**load, "lengths": "custom.jsonl", "requests": 20}))
+    made = found["output_tokens_per_second"] * found["makespan_s"]
+    assert made == pytest.approx(20 * 7)
+
+
 def test_a_closed_loop_keeps_its_users_busy(
     scenario: Write, served: Callable[..., dict[str, Any]]
 ) -> None:
@@ -105,6 +142,15 @@ def test_people_read_percentiles(scenario: Write, capsys: pytest.CaptureFixture[
         (LENGTHS, "give one concurrency, or a rate"),
         ({"arrivals": "none.csv"}, "none.csv does not exist"),
         ({**LENGTHS, "concurency": 4}, "did you mean 'concurrency'?"),
+        ({**LENGTHS, "cv": 2.0}, "cv does not go with this workload"),
+        ({**LENGTHS, "concurrency": 4, "cv": 2.0}, "cv does not go with this workload"),
+        ({"arrivals": "a.csv", "rate": 2.0, "cv": 2.0}, "cv does not go with this workload"),
+        ({**LENGTHS, "rate": 2.0, "cv": -1.0}, "greater than or equal to 0"),
+        ({**LENGTHS, "rate": 2.0, "cv": 1e9}, "0.001 to 100 for gamma gaps"),
+        ({**LENGTHS, "rate": 2.0, "lengths": "a.csv"}, "leave one out"),
+        ({"lengths": "a.csv"}, "give one concurrency, or a rate"),
+        ({"lengths": "none.csv", "rate": 2.0}, "lengths: "),
+        ({"lengths": "tiny.json", "rate": 2.0}, "known are"),
         ({**LENGTHS, "concurrency": 0}, "concurrency 0 -- must be at least 1"),
         ({**LENGTHS, "concurrency": []}, "concurrency [] -- give at least one"),
     ],

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from basis.errors import InputError
-from traces.convert import convert, read_npz, write_npz
+from traces.convert import convert, read_jsonl, read_npz, write_jsonl, write_npz
 from traces.routing_trace import RoutingTrace, read_trace, write_trace
 
 Make = Callable[..., RoutingTrace]
@@ -59,12 +60,13 @@ def test_jsonl_without_weights(make_trace: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("a.csv", "b.npz", "cannot read '.csv' -- one of .parquet, .npz"),
+        ("a.csv", "b.npz", "cannot read '.csv' -- one of .parquet, .npz, .jsonl"),
         ("a.parquet", "b.txt", "cannot write '.txt' -- one of .parquet, .npz, .jsonl"),
         ("a.parquet", "a.parquet", "same file"),
         ("a.parquet", "absent/b.npz", "no such folder"),
         ("absent.parquet", "b.npz", "no such file"),
         ("absent.npz", "b.parquet", "no such file"),
+        ("absent.jsonl", "b.parquet", "no such file"),
     ],
 )
 def test_impossible_conversions(
@@ -127,3 +129,78 @@ def test_a_header_that_declares_ten_gigabytes(arrays: dict[str, Any], tmp_path: 
         archive.writestr("experts.npy", header.getvalue() + bytes(1000))
     with pytest.raises(InputError, match=r"experts.npy does not hold the bytes that it declares"):
         read_npz(path)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_round_trip_over_jsonl(
+    make_trace: Make, tmp_path: Path, weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("traces.json_lines._BLOCK_BYTES", 3000)
+    trace = make_trace(lengths=(70, 40), weights=weights)
+    write_trace(trace, tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "b.jsonl")
+    convert(tmp_path / "b.jsonl", tmp_path / "c.parquet")
+    assert_same(trace, read_jsonl(tmp_path / "b.jsonl"))
+    assert_same(trace, read_trace(tmp_path / "c.parquet"))
+
+
+def test_candidates_come_back_from_jsonl(make_trace: Make, tmp_path: Path) -> None:
+    plain = make_trace()
+    rng = np.random.default_rng(0)
+    shape = (plain.num_tokens, plain.num_layers)
+    trace = replace(
+        plain,
+        meta=replace(plain.meta, num_candidates=4),
+        candidates=rng.random((*shape, 8)).argsort(axis=-1)[..., :4].astype(np.uint16),
+        candidate_scores=np.sort(rng.random((*shape, 4)).astype(np.float16))[..., ::-1],
+    )
+    write_jsonl(trace, tmp_path / "a.jsonl")
+    assert_same(trace, read_jsonl(tmp_path / "a.jsonl"))
+
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: r[:1], "no rows after the first line"),
+        (lambda r: r[1:], "line 1: trace metadata: missing"),
+        (lambda r: [r[0], r[1], *r[1:]], "1 rows repeat a position"),
+        (lambda r: [r[0], r[1] | {"phase": "both"}], "phase must be prefill or decode"),
+        (lambda r: [r[0], r[1] | {"domain": "other"}], "a domain is none of the first line's"),
+        (lambda r: [r[0], r[1] | {"step": None}], "a row has no step"),
+        (lambda r: [r[0], r[1] | {"experts": [[0, 1]] * 2}], "experts of a row is not 3 lists"),
+        (lambda r: [r[0], r[1] | {"experts": [[0, 1], [0, 1], [0]]}], "has 1 values, 2 are right"),
+        (lambda r: [r[0], r[1] | {"experts": [[0, 65544]] * 3}], "ids from 0 to 65544"),
+        (lambda r: [r[0], r[1] | {"experts": [[0, 8]] * 3}], "cells out of range"),
+        (lambda r: [r[0], r[1] | {"experts": [[0, None]] * 3}], "has nulls"),
+        (lambda r: [r[0], r[1] | {"weights": None}, r[2]], "weights of a row is not"),
+        (lambda r: [r[0], r[1] | {"request_id": "a"}], "lines 1 to 2"),
+    ],
+)
+def test_bad_jsonl(
+    make_trace: Make, tmp_path: Path, spoil: Callable[[Lines], Lines], message: str
+) -> None:
+    write_jsonl(make_trace(), tmp_path / "a.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in spoil(lines)))
+    with pytest.raises(InputError, match=message):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_truncated_jsonl(make_trace: Make, tmp_path: Path) -> None:
+    write_jsonl(make_trace(), tmp_path / "a.jsonl")
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match=r"line 21 is not JSON .* was the file cut off"):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_jsonl_that_takes_too_much_memory(
+    make_trace: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(make_trace(), tmp_path / "a.jsonl")
+    monkeypatch.setattr("traces.convert.MAX_BYTES", 100)
+    with pytest.raises(InputError, match="more than 100 bytes in memory -- use Parquet"):
+        read_jsonl(tmp_path / "a.jsonl")

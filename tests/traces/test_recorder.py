@@ -194,6 +194,7 @@ def test_bad_descriptions_are_refused(model, changes, message):
         begin(recorder, **changes)
 
 
-def test_importing_the_recorder_does_not_import_torch():
-    code = "import sys, traces.recorder; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["traces.recorder", "traces.record_model"])
+def test_importing_the_recorder_does_not_import_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

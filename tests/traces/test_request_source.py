@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basis.errors import InputError
+from traces.arrivals import Lengths
 from traces.request_source import Walks, draw_requests
 from traces.routing_trace import RoutingTrace
 
@@ -78,6 +79,41 @@ def test_span_ends_give_the_sum_over_the_span(
     by_sums = (weight * running[place]).sum()
     one_by_one = values[walks.places(np.int64(0), np.arange(start, start + more))].sum()
     assert by_sums == one_by_one
+
+
+def test_the_statement_says_what_repeats(make_trace: Make) -> None:
+    trace = make_trace(lengths=(7, 4, 9), prompt=2)  # 6 prefill and 14 decode tokens
+    lengths = Lengths(inputs=np.full(40, 5), outputs=np.full(40, 8))
+    source = draw_requests(trace, 40, 0, lengths)
+    drawn = trace.request_id[source.rows[source.answer.first]]
+    most = np.unique(drawn, return_counts=True)[1].max()
+    said = f"3 recorded requests serve, 3 of them more than once (at most {most} times)"
+    assert said in source.statement
+    # 5 prompt tokens and 7 decode steps each; together they come by all of the 20 recorded tokens
+    assert "of 480 tokens 460 (95.8 %) repeat the routing of a recorded token" in source.statement
+    once = draw_requests(make_trace(lengths=(90,), prompt=50), 1, 0, Lengths.fixed(50, 41))
+    assert "1 recorded requests serve, 0 of them more than once (at most 1 times)" in once.statement
+    assert "of 90 tokens 0 (0.0 %) repeat" in once.statement
+    assert "repeat" not in draw_requests(trace, 40, seed=0).statement
+    with pytest.raises(InputError, match="40 lengths for 39 requests"):
+        draw_requests(trace, 39, 0, lengths)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    prompt=st.sampled_from([0, 2, 100]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_distinct_rows_are_those_that_tokens_take(
+    make_trace: Make, pairs: list[tuple[int, int]], prompt: int, seed: int
+) -> None:
+    source = draw_requests(make_trace(lengths=(7, 4, 19), prompt=prompt), len(pairs), seed)
+    taken: set[int] = set()
+    for request, (inputs, outputs) in enumerate(pairs):
+        rows = source.token_rows(request, inputs, 0, inputs + outputs - 1)
+        assert len(rows) == inputs + outputs - 1  # the workload's lengths, not the recorded ones
+        taken |= {*rows.tolist()}
+    inputs, outputs = np.array(pairs).T
+    assert source.distinct_rows(Lengths(inputs=inputs, outputs=outputs)) == len(taken)
 
 
 def test_nothing_to_draw(make_trace: Make) -> None:

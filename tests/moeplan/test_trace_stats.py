@@ -1,0 +1,135 @@
+"""`moeplan trace stats`: the answers follow from the figures, the page stands alone."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moeplan.cli import main
+from moeplan.trace_answers import answers
+from moeplan.trace_report import render_statistics
+from moeplan.trace_statistics import find_statistics
+from traces.counts_trace import CountsTrace, write_counts
+from traces.routing_trace import write_trace
+from traces.synth import synthetic_trace, zipf_shares
+
+
+def trace_of(exponent, *, tokens=1500, requests=30, reuse=0.0, experts=16, top_k=2, seed=0):
+    shares = zipf_shares(experts, exponent, 4, seed)
+    shares = np.minimum(shares, 0.9 / top_k)
+    shares /= shares.sum(axis=1, keepdims=True)
+    return synthetic_trace(
+        shares, tokens=tokens, requests=requests, top_k=top_k, seed=seed, reuse=reuse
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A skewed and local trace as one file, as two, and an even one."""
+    home = tmp_path_factory.mktemp("traces")
+    skewed = trace_of(1.2, reuse=0.9)
+    write_trace(skewed, home / "skewed.parquet")
+    write_trace(trace_of(0.0), home / "even.parquet")
+    (home / "parts").mkdir()
+    first = skewed.request_id < 13
+    write_trace(skewed.select(first), home / "parts" / "a.parquet")
+    write_trace(skewed.select(~first), home / "parts" / "b.parquet")
+    return home
+
+
+@pytest.fixture(scope="module")
+def skewed(folder):
+    return find_statistics([folder / "skewed.parquet"])
+
+
+@pytest.fixture(scope="module")
+def even(folder):
+    return find_statistics([folder / "even.parquet"])
+
+
+def test_answers_tell_a_skewed_local_trace_from_an_even_one(skewed, even):
+    words = [[answer.word for answer in answers(found)] for found in (skewed, even)]
+    assert words[0][:2] == ["yes", "yes"]
+    assert words[1][:3] == ["no", "no", "no"]
+
+
+def test_each_answer_holds_the_figure_of_its_measure(skewed):
+    skew, local, predictable, enough = answers(skewed)
+    assert skew.figure == f"{skewed.load.loads.max_over_mean.mean():.2f}×"
+    assert local.figure.startswith(f"{100 * skewed.reuse.observed[0].mean():.1f}")
+    assert predictable.figure.startswith(f"{100 * skewed.flow.predictability.mean():.1f}")
+    error = skewed.support.relative_standard_error.mean()
+    assert float(re.search(r"[\d.]+", enough.figure)[0]) == pytest.approx(100 * error, abs=0.06)
+
+
+def test_a_single_request_is_not_enough_and_says_what_is_missing(tmp_path):
+    one = trace_of(1.0, tokens=60, requests=1)
+    write_trace(one, tmp_path / "one.parquet")
+    found = find_statistics([tmp_path / "one.parquet"])
+    *_, predictable, enough = answers(found)
+    assert (predictable.word, enough.word) == ("unknown", "unknown")
+    assert "held-out scores" in enough.so
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert "not known" in render_statistics(found, answers(found))
+
+
+def test_a_folder_is_one_data_set(folder, skewed):
+    parts = find_statistics([folder / "parts"])
+    assert parts.files == ("a.parquet", "b.parquet")
+    whole, split = skewed.to_dict(), parts.to_dict()
+    del whole["files"], split["files"]
+    assert split == whole
+
+
+def test_no_online_policy_beats_belady(skewed):
+    for scope in ("layer", "global"):
+        rates = {c.policy: c.hit_rate for c in skewed.caches if c.scope == scope}
+        assert (rates["belady"] >= rates["lru"]).all()
+        assert (rates["belady"] >= rates["lfu"]).all()
+
+
+def test_the_page_stands_alone_and_says_synthetic(folder, skewed, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["trace", "stats", str(folder / "skewed.parquet"), "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page == render_statistics(skewed, answers(skewed))
+    assert "<strong>Synthetic:</strong>" in page
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)|<link|src=", page)
+    for question in ("skewed", "local", "predictable", "long enough"):
+        assert f"Is it {question}?" in page
+    text = capsys.readouterr().out
+    assert "SYNTHETIC" in text
+    assert "Is it skewed? yes" in text
+
+
+def test_json_has_answers_and_every_part(folder, capsys):
+    assert main(["trace", "stats", str(folder / "even.parquet"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["schema"] == "moeplan.trace-stats/1"
+    assert answer["answers"][0]["question"] == "Is it skewed?"
+    parts = {"load", "reuse", "flow", "coactivation", "drift", "support", "locality", "balance"}
+    assert parts < set(answer)
+    assert len(answer["caches"]) == 6
+
+
+def test_counts_show_loads_and_refuse_the_rest(tmp_path, capsys):
+    counts = np.array([[[1, 2, 3, 6], [3, 3, 3, 3]]])
+    path = tmp_path / "counts.parquet"
+    write_counts(CountsTrace(model="m", moe_layer_ids=(1, 2), counts=counts), path)
+    assert main(["trace", "stats", str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["kind"] == "counts"
+    assert answer["load"]["max_over_mean"]["each"] == [2.0, 1.0]
+    assert "need tokens" in answer["refused"]
+    assert main(["trace", "stats", str(path), "--out", str(tmp_path / "x.html")]) == 2
+    assert "loads without tokens" in capsys.readouterr().err
+
+
+def test_files_of_two_models_are_refused(folder, tmp_path, capsys):
+    other = trace_of(1.0, experts=8)
+    write_trace(replace(other, meta=replace(other.meta, model="other")), tmp_path / "o.parquet")
+    files = [str(folder / "even.parquet"), str(tmp_path / "o.parquet")]
+    assert main(["trace", "stats", *files]) == 2
+    assert "one model" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Statistics of a trace as accumulators: fed chunk by chunk, merged file by file."""
