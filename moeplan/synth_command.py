@@ -5,7 +5,6 @@ of loads (``--loads``), where one of the other two may lend what loads do not te
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from basis.errors import InputError
@@ -17,23 +16,6 @@ from traces.synth_draw import request_lengths, write_drawn
 from traces.synth_fit import fit_trace
 from traces.synth_loads import fit_loads
 from traces.synth_model import SynthFit, load_fit, save_fit
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
-    parser.add_argument("--like", type=Path, metavar="TRACE", help="fit to this trace")
-    parser.add_argument("--fit", type=Path, metavar="NPZ", help="a generator fitted before")
-    parser.add_argument("--loads", type=Path, metavar="CSV", help="loads of each layer, to be met")
-    parser.add_argument("--num-experts", type=int, metavar="E", help="of the model of --loads")
-    parser.add_argument("--top-k", type=int, metavar="K", help="of the model of --loads")
-    parser.add_argument("--model", default="synthetic", help="name of the model of --loads")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens to draw")
-    parser.add_argument(
-        "--requests", type=int, metavar="R", help="by the fitted length if left out"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    parser.add_argument("--out", type=Path, metavar="PARQUET", help="trace to write")
-    parser.add_argument("--save-fit", type=Path, metavar="NPZ", help="file for the generator")
 
 
 def synth(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from basis.errors import InputError
 from traces.batches import Phase
 from traces.caches import Scope
 from traces.convert import read_npz
@@ -105,9 +106,14 @@ def find_statistics(
     Raises
     ------
     InputError
-        If a file is bad, or the files are of different models.
+        If a file is bad, the files are of different models, or an npz is to go to a scheduler.
     """
     traces = _opened(paths)
+    if scheduler and not isinstance(traces, TraceSet):
+        raise InputError(
+            f"{paths[0]} with a scheduler -- workers read Parquet files -- convert it, or leave "
+            "the scheduler out"
+        )
     meta = traces.meta
     ranks = next(r for r in range(min(RANKS, meta.num_experts), 0, -1) if not meta.num_experts % r)
     slots = contiguous_slots(meta.num_layers, meta.num_experts)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from traces.counts_trace import COUNTS_KEY
 from traces.meta import META_KEY, TraceMeta, decode, decode_transport, encode
 
 Columns = dict[str, NDArray[Any]]
@@ -110,6 +111,11 @@ class TraceFile:
         stored = schema.metadata or {}
         self.num_rows: int = self._file.metadata.num_rows
         """Rows, as the footer declares."""
+        if COUNTS_KEY in stored:
+            raise InputError(
+                f"{self.path}: loads without tokens -- requests, steps and caches need tokens -- "
+                "record a trace of them; `moeplan trace stats` shows the loads"
+            )
         self._own = META_KEY in stored
         try:
             if self._own:

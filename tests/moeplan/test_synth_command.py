@@ -1,6 +1,5 @@
 """`moeplan trace synth` fits, keeps and draws, and says everywhere that it is synthetic."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import numpy as np
 import pytest
 
 from basis.errors import InputError
-from moeplan.synth_command import add_options, synth
+from moeplan.cli import build_parser
+from moeplan.synth_command import synth
 from traces.routing_trace import read_trace, write_trace
 from traces.synth import synthetic_trace
 
@@ -18,9 +18,7 @@ HEADER = "layer,gpqa_max_over_mean,gpqa_top32_share_pct,{0}0.01_2.0,{0}2.0_4.0,{
 
 
 def run(*words: object) -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    return synth(parser.parse_args([str(word) for word in words], argparse.Namespace(json=False)))
+    return synth(build_parser().parse_args(["trace", "synth", *map(str, words)]))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from moeplan.cli import main
 from moeplan.trace_answers import answers
 from moeplan.trace_report import render_statistics
 from moeplan.trace_statistics import find_statistics
+from traces.convert import write_npz
 from traces.counts_trace import CountsTrace, write_counts
 from traces.routing_trace import write_trace
 from traces.synth import synthetic_trace, zipf_shares
@@ -125,6 +126,14 @@ def test_counts_show_loads_and_refuse_the_rest(tmp_path, capsys):
     assert "need tokens" in answer["refused"]
     assert main(["trace", "stats", str(path), "--out", str(tmp_path / "x.html")]) == 2
     assert "loads without tokens" in capsys.readouterr().err
+    assert main(["trace", "convert", str(path), str(tmp_path / "x.npz")]) == 2
+    assert "loads without tokens -- requests, steps and caches need" in capsys.readouterr().err
+
+
+def test_an_npz_does_not_go_to_a_scheduler(tmp_path, capsys):
+    write_npz(trace_of(1.0, tokens=60, requests=3), tmp_path / "t.npz")
+    assert main(["trace", "stats", str(tmp_path / "t.npz"), "--scheduler", "local"]) == 2
+    assert "workers read Parquet" in capsys.readouterr().err
 
 
 def test_files_of_two_models_are_refused(folder, tmp_path, capsys):
