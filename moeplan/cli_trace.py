@@ -53,6 +53,9 @@ def _stats(parser: Any) -> None:
         "trace", type=Path, nargs="+", help="Parquet files, a folder of them, or an npz"
     )
     parser.add_argument("--out", type=Path, metavar="HTML", help="write a page with pictures here")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="plan.json whose local choices are counted"
+    )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask: local, or tcp://HOST:PORT")
 
 

@@ -4,11 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from basis.errors import InputError
 from moeplan import console
+from moeplan.plan_file import read_plan
 from moeplan.trace_answers import answers
 from moeplan.trace_report import render_statistics
-from moeplan.trace_statistics import find_statistics
+from moeplan.trace_statistics import Placed, find_statistics
 from moeplan.trace_view import show_loads, show_statistics
 from traces.arrivals.read import is_workload
 from traces.arrivals.write import convert_workload
@@ -33,7 +36,10 @@ def stats(options: argparse.Namespace) -> dict[str, Any]:
         show_loads(screen, counts)
         return _loads_only(counts)
     with console.progress(screen) as tell:
-        found = find_statistics(options.trace, scheduler=options.scheduler, tell=tell)
+        placed = _placed(options.plan) if options.plan else None
+        found = find_statistics(
+            options.trace, placed=placed, scheduler=options.scheduler, tell=tell
+        )
     given = answers(found)
     show_statistics(screen, found, given)
     if options.out:
@@ -41,6 +47,19 @@ def stats(options: argparse.Namespace) -> dict[str, Any]:
         options.out.write_text(render_statistics(found, given), encoding="utf-8")
         screen.print(f"wrote {options.out}")
     return {"answers": [answer.to_dict() for answer in given], **found.to_dict()}
+
+
+def _placed(path: Path) -> Placed:
+    plan = read_plan(path)
+    try:
+        slots = np.array(plan["physical_to_logical_map"], dtype=np.int64)
+        ranks = int(plan["parallelism"]["experts"]["ep"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: no placement in it ({error}) -- a plan.json with physical_to_logical_map and "
+            "parallelism -- plan again"
+        ) from None
+    return Placed(name=str(path), slots=slots, ranks=ranks)
 
 
 def _loads_only(counts: CountsTrace) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from basis.errors import InputError
 from traces.batches import Phase
 from traces.caches import Scope
@@ -42,6 +45,16 @@ RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Placed:
+    """Slots of experts whose local choices are counted."""
+
+    name: str
+    slots: NDArray[np.int64]
+    """``[L, S]`` logical expert of each slot; equal runs of slots are on one rank after another."""
+    ranks: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
     """All figures of one data set."""
 
@@ -55,6 +68,8 @@ class Found:
     coactivation: CoActivation
     locality: Locality
     local: LocalActivation
+    placement: str
+    """Name of the placement of ``local``."""
     sample: Sampled
     balance: Balance
     segment_cache: SegmentCache
@@ -81,7 +96,7 @@ class Found:
             "moe_layer_ids": list(meta.moe_layer_ids),
             **{name: getattr(self, name).to_dict() for name in parts},
             "caches": [curve.to_dict() for curve in self.caches],
-            "local_activation_contiguous": self.local.to_dict(),
+            "local_activation": {"placement": self.placement} | self.local.to_dict(),
             "sample": self.sample.to_dict(),
         }
 
@@ -89,6 +104,7 @@ class Found:
 def find_statistics(
     paths: Sequence[Path],
     *,
+    placed: Placed | None = None,
     scheduler: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Found:
@@ -98,6 +114,8 @@ def find_statistics(
     ----------
     paths
         Parquet files, one folder of them, or one npz file.
+    placed
+        Placement whose local choices are counted; experts in order of their ids without.
     scheduler
         Of Dask, see `traces.measures.run.statistics`.
     tell
@@ -115,12 +133,11 @@ def find_statistics(
             "the scheduler out"
         )
     meta = traces.meta
-    ranks = next(r for r in range(min(RANKS, meta.num_experts), 0, -1) if not meta.num_experts % r)
-    slots = contiguous_slots(meta.num_layers, meta.num_experts)
+    placed = placed or _contiguous(meta)
     makers: tuple[Maker, ...] = (
         Load, Flow, Reuse, Drift, Support, CoActivations,
         partial(Segments, tokens=SAMPLE_TOKENS),
-        partial(LocalActivations, slots=slots, ranks=ranks),
+        partial(LocalActivations, slots=placed.slots, ranks=placed.ranks),
         Sample,
     )  # fmt: skip
     tell(f"loads, reuse, flow, pairs of {traces.num_tokens:,} tokens")
@@ -152,11 +169,18 @@ def find_statistics(
         coactivation=pairs,
         locality=locality,
         local=local,
+        placement=placed.name,
         sample=sample,
         balance=steps,
         segment_cache=segments,
         caches=tuple(curves),
     )
+
+
+def _contiguous(meta: TraceMeta) -> Placed:
+    ranks = next(r for r in range(min(RANKS, meta.num_experts), 0, -1) if not meta.num_experts % r)
+    slots = contiguous_slots(meta.num_layers, meta.num_experts)
+    return Placed(name="experts in order of their ids", slots=slots, ranks=ranks)
 
 
 def _tokens(meta: TraceMeta, cells: int) -> int:

@@ -39,7 +39,7 @@ OPTIONS = {
         "--licence",
         "--list",
     },
-    "trace stats": {"--json", "trace", "--out", "--scheduler"},
+    "trace stats": {"--json", "trace", "--out", "--plan", "--scheduler"},
     "trace synth": {
         "--json",
         "--like",

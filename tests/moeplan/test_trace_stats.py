@@ -84,6 +84,24 @@ def test_a_folder_is_one_data_set(folder, skewed):
     assert split == whole
 
 
+def test_local_choices_are_those_of_the_plan(folder, tmp_path, capsys):
+    slots = [[*range(0, 16, 2), *range(1, 16, 2)]] * 4  # even experts on rank 0
+    plan = {"schema": "moeplan.plan/1", "physical_to_logical_map": slots,
+            "parallelism": {"experts": {"ep": 2, "tp": 1}}}  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    trace = str(folder / "even.parquet")
+    assert main(["trace", "stats", trace, "--plan", str(tmp_path / "plan.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["local_activation"]
+    rows = trace_of(0.0)
+    same = rows.experts % 2 == rows.request_id[:, None, None] % 2
+    assert found["ranks"] == 2
+    assert found["round_robin"] == pytest.approx(same.mean())
+    del plan["parallelism"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert main(["trace", "stats", trace, "--plan", str(tmp_path / "plan.json")]) == 2
+    assert "no placement in it" in capsys.readouterr().err
+
+
 def test_no_online_policy_beats_belady(skewed):
     for scope in ("layer", "global"):
         rates = {c.policy: c.hit_rate for c in skewed.caches if c.scope == scope}
