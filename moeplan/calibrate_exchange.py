@@ -52,7 +52,7 @@ class ExchangeFit:
     startup_s: float
     """Of an exchange that nothing holds up."""
     stall_s: float
-    """Mean over all samples of what they took beyond the median of their row."""
+    """Mean over the samples of the fitted rows of what they took beyond the median of their row."""
     rate: float
     """Bytes per second of the busiest port."""
     fitted: HeldOut
@@ -158,7 +158,7 @@ def _half(
     return ExchangeFit(
         phase=phase,
         startup_s=numbers["startup"],
-        stall_s=_stall([row for row, far in zip(mine, beyond, strict=True) if not far]),
+        stall_s=_stall([row for row, used in zip(mine, seen, strict=True) if used]),
         rate=numbers["rate"],
         fitted=score(predicted[seen], seconds[seen]),
         held_out=score(predicted[unseen], seconds[unseen]),

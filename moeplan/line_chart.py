@@ -5,7 +5,7 @@ differ by dash as well as by colour.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -85,10 +85,9 @@ def legend(names: Sequence[str]) -> Markup:
 
 
 def _axes(
-    lines: Sequence[float], y: object, xs: Sequence[float], at: Sequence[float],
+    lines: Sequence[float], y: Callable[[float], float], xs: Sequence[float], at: Sequence[float],
     names: tuple[str, str], percent: bool,
 ) -> str:  # fmt: skip
-    assert callable(y)
     parts = []
     for value in lines:
         parts.append(

@@ -11,8 +11,9 @@ from moeplan import console
 from moeplan.plan_file import read_plan
 from moeplan.trace_answers import answers
 from moeplan.trace_report import render_statistics
-from moeplan.trace_statistics import Placed, find_statistics
+from moeplan.trace_statistics import SCHEMA, find_statistics
 from moeplan.trace_view import show_loads, show_statistics
+from simulator.placement import Placement
 from traces.arrivals.read import is_workload
 from traces.arrivals.write import convert_workload
 from traces.convert import convert
@@ -49,23 +50,25 @@ def stats(options: argparse.Namespace) -> dict[str, Any]:
     return {"answers": [answer.to_dict() for answer in given], **found.to_dict()}
 
 
-def _placed(path: Path) -> Placed:
+def _placed(path: Path) -> tuple[str, Placement]:
     plan = read_plan(path)
     try:
-        slots = np.array(plan["physical_to_logical_map"], dtype=np.int64)
+        slots = np.array(plan["physical_to_logical_map"], dtype=np.int32)
         ranks = int(plan["parallelism"]["experts"]["ep"])
+        return str(path), Placement(
+            slots=slots, num_experts=int(plan["num_experts"]), num_ranks=ranks
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: no placement in it ({error}) -- a plan.json with physical_to_logical_map and "
             "parallelism -- plan again"
         ) from None
-    return Placed(name=str(path), slots=slots, ranks=ranks)
 
 
 def _loads_only(counts: CountsTrace) -> dict[str, Any]:
     loads = Loads(counts=counts.loads, moe_layer_ids=counts.moe_layer_ids)
     return {
-        "schema": "moeplan.trace-stats/1",
+        "schema": SCHEMA,
         "kind": "counts",
         "model": counts.model,
         "steps": len(counts.counts),

@@ -18,10 +18,10 @@ from moeplan.page import page
 from moeplan.trace_answers import Answer
 from moeplan.trace_statistics import SCHEMA, Found
 from traces.measures.base import Floats
+from traces.measures.segment_cache import COMPARED
 
 _BADGES = {"yes": "yes", "somewhat": "tie", "no": "no", "unknown": "tie"}
 _MOST_CELLS = 96  # experts of a layer whose pairs are drawn one by one
-_SEGMENT_RATIO = 2.0
 
 
 def render_statistics(found: Found, given: Sequence[Answer]) -> str:
@@ -145,7 +145,7 @@ def _locality(found: Found) -> dict[str, Any]:
     reuse, curves = found.reuse, [c for c in found.caches if c.scope == "layer"]
     shared = [c for c in found.caches if c.scope == "global"]
     sparsity, segments = found.locality.sparsity, found.segment_cache
-    slots = segments.slots(_SEGMENT_RATIO)
+    slots = segments.slots(COMPARED)
     chance = float(reuse.independent.mean())
     return {
         "reuse": _lines(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from basis.errors import InputError
+from simulator.placement import Placement
 from traces.batches import Phase
 from traces.caches import Scope
 from traces.convert import read_npz
@@ -42,16 +42,6 @@ CURVE_CELLS, SEGMENT_CELLS = 2**30, 2**27
 """Tokens x layers x experts that are played through caches, and through those that see ahead."""
 RANKS = 8
 """Of the contiguous placement whose local choices are counted; fewer where they do not divide."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Placed:
-    """Slots of experts whose local choices are counted."""
-
-    name: str
-    slots: NDArray[np.int64]
-    """``[L, S]`` logical expert of each slot; equal runs of slots are on one rank after another."""
-    ranks: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +94,7 @@ class Found:
 def find_statistics(
     paths: Sequence[Path],
     *,
-    placed: Placed | None = None,
+    placed: tuple[str, Placement] | None = None,
     scheduler: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Found:
@@ -115,7 +105,7 @@ def find_statistics(
     paths
         Parquet files, one folder of them, or one npz file.
     placed
-        Placement whose local choices are counted; experts in order of their ids without.
+        Name and placement whose local choices are counted; experts in order of their ids without.
     scheduler
         Of Dask, see `traces.measures.run.statistics`.
     tell
@@ -133,11 +123,11 @@ def find_statistics(
             "the scheduler out"
         )
     meta = traces.meta
-    placed = placed or _contiguous(meta)
+    name, placement = placed or _contiguous(meta)
     makers: tuple[Maker, ...] = (
         Load, Flow, Reuse, Drift, Support, CoActivations,
         partial(Segments, tokens=SAMPLE_TOKENS),
-        partial(LocalActivations, slots=placed.slots, ranks=placed.ranks),
+        partial(LocalActivations, slots=placement.slots, ranks=placement.num_ranks),
         Sample,
     )  # fmt: skip
     tell(f"loads, reuse, flow, pairs of {traces.num_tokens:,} tokens")
@@ -169,7 +159,7 @@ def find_statistics(
         coactivation=pairs,
         locality=locality,
         local=local,
-        placement=placed.name,
+        placement=name,
         sample=sample,
         balance=steps,
         segment_cache=segments,
@@ -177,10 +167,13 @@ def find_statistics(
     )
 
 
-def _contiguous(meta: TraceMeta) -> Placed:
+def _contiguous(meta: TraceMeta) -> tuple[str, Placement]:
     ranks = next(r for r in range(min(RANKS, meta.num_experts), 0, -1) if not meta.num_experts % r)
     slots = contiguous_slots(meta.num_layers, meta.num_experts)
-    return Placed(name="experts in order of their ids", slots=slots, ranks=ranks)
+    placement = Placement(
+        slots=slots.astype(np.int32), num_experts=meta.num_experts, num_ranks=ranks
+    )
+    return "experts in order of their ids", placement
 
 
 def _tokens(meta: TraceMeta, cells: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from basis.errors import InputError
 from traces.measures.base import About, Floats, measure
@@ -17,22 +16,6 @@ from traces.measures.flow import Flow
 from traces.measures.load import Load
 from traces.measures.reuse import Reuse
 from traces.routing_trace import RoutingTrace
-
-
-def load_skew(counts: NDArray[Any]) -> Floats:
-    """Return the busiest expert's load over the mean load.
-
-    Parameters
-    ----------
-    counts : array ``[..., E]``
-        Tokens of each expert.
-
-    Returns
-    -------
-    float64 array ``[...]``, between 1 and E.
-    """
-    skew: Floats = counts.max(axis=-1) / counts.mean(axis=-1)
-    return skew
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +33,7 @@ class TraceStatistics:
     """Share of the tokens that were recorded in the decode phase."""
     tokens_per_domain: dict[str, int]
     load_max_over_mean: Floats
-    """``[L]``, see `load_skew`."""
+    """``[L]``, see `traces.measures.load`."""
     load_standard_error: float
     """Standard error of an average expert's load over that load, were tokens independent:
     ``sqrt((1 - K/E) / (T K/E))``. A load max/mean within a few of these of 1 is no skew."""

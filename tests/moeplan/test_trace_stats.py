@@ -86,7 +86,7 @@ def test_a_folder_is_one_data_set(folder, skewed):
 
 def test_local_choices_are_those_of_the_plan(folder, tmp_path, capsys):
     slots = [[*range(0, 16, 2), *range(1, 16, 2)]] * 4  # even experts on rank 0
-    plan = {"schema": "moeplan.plan/1", "physical_to_logical_map": slots,
+    plan = {"schema": "moeplan.plan/1", "physical_to_logical_map": slots, "num_experts": 16,
             "parallelism": {"experts": {"ep": 2, "tp": 1}}}  # fmt: skip
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     trace = str(folder / "even.parquet")

@@ -10,7 +10,7 @@ import pytest
 
 from basis.errors import InputError
 from traces.routing_trace import RoutingTrace, read_trace
-from traces.stats import load_skew, trace_statistics
+from traces.stats import trace_statistics
 from traces.synth import synthetic_trace
 
 Make = Callable[..., RoutingTrace]
@@ -22,7 +22,6 @@ def with_experts(trace: RoutingTrace, experts: np.ndarray) -> RoutingTrace:
 
 def test_extremes(make_trace: Make) -> None:
     trace = make_trace(lengths=(8, 8), experts=4, top_k=1)
-    assert load_skew(np.array([[16, 0, 0, 0]])).tolist() == [4.0]
     constant = trace_statistics(with_experts(trace, np.zeros((16, 3, 1))))
     assert constant.load_max_over_mean.tolist() == [4.0] * 3
     assert constant.reuse.tolist() == constant.reuse_independent.tolist() == [1.0] * 3

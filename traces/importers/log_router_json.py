@@ -161,11 +161,6 @@ class _Request:
         return int(found[1])
 
 
-def _are_ids(values: Any) -> TypeGuard[list[int]]:
-    listed = isinstance(values, list)
-    return listed and all(type(v) is int and -1 <= v < 2**16 for v in values)
-
-
 def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(type(v) in (int, float) for v in values)
 
