@@ -24,7 +24,7 @@ from basis.errors import InputError
 from traces.importers.base import Asked, Format, Tokens
 from traces.importers.files import check_file
 from traces.importers.layers import asked_routing
-from traces.importers.log_rows import Ints, Layout, Rows, as_tokens, fill, layout_of
+from traces.importers.log_rows import Ints, Layout, Rows, as_tokens, fill, head_of, layout_of
 from traces.json_lines import rows_of_lists
 
 _COLUMNS = ("Layer ID", "Batch Number", "Token", "Activated Expert IDs")
@@ -41,12 +41,7 @@ class PromptCsv:
 
     def matches(self, source: Path, head: bytes) -> bool:
         """Whether the file, or the first CSV file of the folder, has this header."""
-        if source.is_dir():
-            files = _files(source)
-            if not files:
-                return False
-            with files[0].open("rb") as file:
-                head = file.read(2**12)
+        head = head_of(source, head, _files(source))
         return head.removeprefix(b"\xef\xbb\xbf").startswith(_HEADER)
 
     def read(self, source: Path, asked: Asked) -> Tokens:

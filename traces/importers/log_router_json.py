@@ -19,7 +19,7 @@ from basis.errors import InputError
 from traces.importers.base import Asked, Format, Tokens
 from traces.importers.files import check_file
 from traces.importers.layers import asked_routing
-from traces.importers.log_rows import Layout, Rows, as_tokens, fill, layout_of
+from traces.importers.log_rows import Layout, Rows, as_tokens, fill, head_of, layout_of
 
 _MOST_BYTES = 2**28
 _TOKEN = re.compile(r"token_(\d{1,9})")
@@ -35,12 +35,7 @@ class RouterJson:
 
     def matches(self, source: Path, head: bytes) -> bool:
         """Whether the file, or the first JSON file of the folder, has router_data."""
-        if source.is_dir():
-            files = _files(source)
-            if not files:
-                return False
-            with files[0].open("rb") as file:
-                head = file.read(2**16)
+        head = head_of(source, head, _files(source))
         return head.lstrip().startswith(b"{") and bool(_KEY.search(head))
 
     def read(self, source: Path, asked: Asked) -> Tokens:

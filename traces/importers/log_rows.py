@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +25,21 @@ Ints = NDArray[np.int64]
 MISSING_LAYER = "tokens with a missing layer"
 REPEATED = "tokens with the same expert twice (padding)"
 _CHUNK_ROWS = 16384
+_HEAD = 2**16
 _TELLING_ROWS = 16  # fewer rows can agree by chance
+
+
+def head_of(source: Path, head: bytes, files: Sequence[Path]) -> bytes:
+    """Return the first bytes of a source: ``head``, or of a folder those of its first file.
+
+    Empty for a folder without any of ``files``.
+    """
+    if not source.is_dir():
+        return head
+    if not files:
+        return b""
+    with files[0].open("rb") as file:
+        return file.read(_HEAD)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from basis.errors import InputError
 from traces.importers.base import MOST_BYTES, Asked, Format, Tokens
 from traces.importers.files import check_file
 from traces.importers.layers import UNKNOWN_MODEL, routing_of
-from traces.importers.log_rows import Ints, Layout, Rows, as_tokens, model_layers
+from traces.importers.log_rows import Ints, Layout, Rows, as_tokens, head_of, model_layers
 
 _HEADER = b"layer_id,token_id,expert_0"
 _LAYER = re.compile(r"layer[_\- ]?(\d{1,6})", re.IGNORECASE)
@@ -38,12 +38,7 @@ class ScoreCsv:
 
     def matches(self, source: Path, head: bytes) -> bool:
         """Whether the file, or the first CSV file under the folder, has this header."""
-        if source.is_dir():
-            files = _files(source)
-            if not files:
-                return False
-            with files[0].open("rb") as file:
-                head = file.read(2**12)
+        head = head_of(source, head, _files(source))
         return head.startswith(_HEADER)
 
     def read(self, source: Path, asked: Asked) -> Tokens:
