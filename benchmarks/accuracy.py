@@ -26,6 +26,8 @@ from scipy.optimize import minimize
 
 from hwmodels.engines import engines_of
 from hwmodels.kernels.exchange import ByTokens
+from hwmodels.kernels.transfers import TransferModel
+from hwmodels.link import Transfer
 from hwmodels.silicon.wheel import GPUS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +53,9 @@ SWEPT = {
     "stream": ("m", (16, 128, 1024)),
 }
 """What a regime is told by, and the upper ends of its first classes."""
-BETWEEN = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine")
+BETWEEN: tuple[Transfer, ...] = (
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine",
+)  # fmt: skip
 LAW = ("balanced", "power_law_1.01", "power_law_1.2")
 DRAWN = 4000  # points of a picture
 
@@ -139,7 +143,8 @@ def loads(rows: pd.DataFrame) -> Iterator[list[str]]:
 def kernels(rows: pd.DataFrame) -> Iterator[list[str]]:
     """Yield one line per device, engine and kernel of the engine's."""
     keys = ["op", "device", "engine", "dtype", "kernel"]
-    for (op, *labels), group in rows.groupby(keys, sort=True):
+    for key, group in rows.groupby(keys, sort=True):
+        op, *labels = map(str, key)
         held, seen = group[group.held_out], group[~group.held_out]
         asked = group[group.interpolated.notna()]
         yield [
@@ -159,7 +164,7 @@ def collectives() -> Iterator[list[str]]:
                 yield [device, engine, *(_stated(costs.get(name)) for name in BETWEEN)]
 
 
-def _stated(cost: object) -> str:
+def _stated(cost: TransferModel | None) -> str:
     """Median of a collective's held-out errors; of one by tokens, for few and for many."""
     if cost is None:
         return ""
@@ -180,9 +185,7 @@ def transfers(path: Path) -> tuple[list[list[str]], str]:
                 [name, *(f"{100 * medians[d]:.0f}" if d in medians else "" for d in devices),
                  f"{100 * part['median'].median():.1f}"]
             )  # fmt: skip
-    share = found.groupby("device").apply(
-        lambda d: np.average(d.coverage, weights=d.rows), include_groups=False
-    )
+    share = {d: np.average(part.coverage, weights=part.rows) for d, part in found.groupby("device")}
     lines.append(["**interval covers**", *(f"{100 * share[d]:.0f} %" for d in devices),
                   f"{100 * np.average(found.coverage, weights=found.rows):.1f} %"])  # fmt: skip
     return lines, " | ".join(devices)

@@ -9,7 +9,7 @@ ranks), by hash. Beside it startup and bandwidth alone, fitted on the same rows.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +25,7 @@ from hwmodels.silicon.comm import CommTable, engine_tables, library_tables
 from hwmodels.silicon.comm_moe import deepep_tables, exchange_tables
 from hwmodels.silicon.wheel import GPUS
 
-POOLS = {
+POOLS: dict[str, Callable[[CommTable], bool]] = {
     "NCCL, NVLink": lambda t: t.source.engine == "nccl" and t.link.startswith("nvlink"),
     "NCCL and oneCCL, PCIe": lambda t: (
         t.source.engine in ("nccl", "oneccl") and t.link.startswith("pcie")

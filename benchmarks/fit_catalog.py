@@ -12,6 +12,7 @@ measured / predicted on the held-out rows.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,16 @@ class Fit:
         return min(float(ends[:, 0].min()), 1.0), max(float(ends[:, 1].max()), 1.0)
 
 
+Fits = dict[tuple[str, str, str], Fit]
+"""By GPU, kernel and format."""
+Seen = dict[tuple[str, str, str], tables.Rows]
+"""Held-out rows by GPU, kernel and format."""
+Links = dict[str, dict[str, Fit]]
+"""By GPU and transfer."""
+Spread = dict[tuple[str, str], NDArray[np.float64]]
+"""Measured / predicted by kernel and format."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="update the catalog")
@@ -72,8 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.write and set(args.gpu) != set(tables.GPUS):
         parser.error("--write needs all GPUs: the transfers are medians over them")
-    fits: dict[tuple[str, str, str], Fit] = {}
-    seen: dict[tuple[str, str, str], tables.Rows] = {}
+    fits: Fits = {}
+    seen: Seen = {}
     for gpu in args.gpu:
         fit_gpu(gpu, fits, seen)
     links = {gpu: fit_links(gpu) for gpu in args.gpu}
@@ -88,7 +99,7 @@ def main() -> None:
         write_links(links, network)
 
 
-def fit_gpu(gpu: str, fits: dict, seen: dict) -> None:
+def fit_gpu(gpu: str, fits: Fits, seen: Seen) -> None:
     """All kernels and formats of one GPU that have a table."""
     device = load_device(gpu)
     permute = 0.0
@@ -161,11 +172,11 @@ def fit_kernel(kernel: str, dtype: str, rows: tables.Rows, device: Device, permu
         return float(np.abs(np.log(predicted / seen.seconds)).mean())
 
     start = [np.log(8e-6), 0.7, 0.7, np.log(1e5), 0.5]
-    options = {"maxiter": 1000, "xatol": 1e-3, "fatol": 1e-5}
     found = [
-        (minimize(loss, start, (tile,), method="Nelder-Mead", options=options), tile)
+        (minimize(loss, start, (tile,), method="Nelder-Mead",
+                  options={"maxiter": 1000, "xatol": 1e-3, "fatol": 1e-5}), tile)
         for tile in (tables.TILES if kernel in TILED else (1,))
-    ]
+    ]  # fmt: skip
     best, tile = min(found, key=lambda pair: pair[0].fun)
     cost, around = of(best.x, tile)
     ratios = unseen.seconds / predict(unseen, cost, device, peak, around)
@@ -225,7 +236,7 @@ def fit_links(gpu: str) -> dict[str, Fit]:
     }
 
 
-def median_of(fits: dict, kernel: str, dtype: str, without: str = "") -> Fit | None:
+def median_of(fits: Fits, kernel: str, dtype: str, without: str = "") -> Fit | None:
     """Parameters for an unmeasured GPU: medians over the others."""
     others = [f for (g, k, d), f in fits.items() if (k, d) == (kernel, dtype) and g != without]
     if not others:
@@ -236,14 +247,15 @@ def median_of(fits: dict, kernel: str, dtype: str, without: str = "") -> Fit | N
     return Fit(params=params, ratios=np.ones(1), fitted_median=0.0, rows=0, permute=permute)
 
 
-def leave_one_out(fits: dict, seen: dict) -> dict[tuple[str, str], NDArray[np.float64]]:
+def leave_one_out(fits: Fits, seen: Seen) -> Spread:
     """Measured / predicted of each GPU from the medians of the others, pooled by kernel."""
     pooled: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     for (gpu, kernel, dtype), rows in seen.items():
         guess = median_of(fits, kernel, dtype, without=gpu)
         if guess is None:
             continue
-        cost = KernelCost.model_construct(**guess.params)
+        params: dict[str, Any] = guess.params
+        cost = KernelCost.model_construct(**params)
         device = load_device(gpu)
         predicted = predict(rows, cost, device, peak_format(kernel, dtype), guess.permute)
         pooled.setdefault((kernel, dtype), []).append(rows.seconds / predicted)
@@ -253,7 +265,7 @@ def leave_one_out(fits: dict, seen: dict) -> dict[tuple[str, str], NDArray[np.fl
 # ---- what is written -------------------------------------------------------------------------
 
 
-def report(fits: dict, links: dict, network: Fit, spread: dict) -> str:
+def report(fits: Fits, links: Links, network: Fit, spread: Spread) -> str:
     lines = [
         "# Fit of the catalog's parameters",
         "",
@@ -326,7 +338,7 @@ def held_line(fit: Fit) -> str:
     return f"held_out: {{median: {median:.3f}, mean: {mean:.3f}, rows: {len(fit.ratios)}}}"
 
 
-def write_devices(fits: dict, spread: dict) -> None:
+def write_devices(fits: Fits, spread: Spread) -> None:
     for gpu in ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090", "mi300x"):
         lines = ["kernels:"]
         base: Fit | None = None
@@ -347,7 +359,7 @@ def write_devices(fits: dict, spread: dict) -> None:
 
 
 def chosen(
-    gpu: str, kernel: str, dtype: str, fits: dict, spread: dict
+    gpu: str, kernel: str, dtype: str, fits: Fits, spread: Spread
 ) -> tuple[Fit | None, Evidence, tuple[float, float]]:
     """Own fit; for a GPU without tables its sibling's (Ada) or the medians, as a transfer."""
     if (gpu, kernel, dtype) in fits:
@@ -383,9 +395,11 @@ def untabled_lines(
     ]
 
 
-def write_links(links: dict, network: Fit) -> None:
+def write_links(links: Links, network: Fit) -> None:
+    boards: list[tuple[str, dict[str, Fit], Evidence]]
     boards = [(board, links[gpu], "fitted") for gpu, board in BOARDS.items()]
-    for board, both, evidence in [*boards, ("rtx4090-8", links["l40s"], "transfer")]:
+    boards.append(("rtx4090-8", links["l40s"], "transfer"))
+    for board, both, evidence in boards:
         lines = ["costs:"]
         lines += [f"  {name}: {transfer_line(fit, evidence)}" for name, fit in both.items()]
         splice(CATALOG / "clusters" / f"{board}.yaml", "interconnect", lines)

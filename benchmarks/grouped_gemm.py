@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from hwmodels.figures import HeldOut
@@ -66,7 +67,10 @@ def scored(table: MoeTable) -> Scored:
     cost = fit_moe(table, limits)
     even = balanced(table)
     blind = fit_moe(even, limits)
-    draws = [(first, *more) for first, more in zip(table.parts, table.more, strict=True)]
+    draws = []
+    for first, more in zip(table.parts, table.more, strict=True):
+        assert isinstance(first, GroupedGemm)
+        draws.append((first, *more))
     flops = [np.mean([op.flops() for op in part], axis=0) for part in draws]
     moved = [np.mean([op.bytes_moved() for op in part], axis=0) for part in draws]
     return Scored(
@@ -107,9 +111,11 @@ def roofline(group: list[Scored]) -> list[Floats]:
     def predicted(x: Floats) -> Floats:
         return np.maximum(compute / np.exp(x[0]), memory / np.exp(x[1]))
 
-    shown = ~held
+    def residuals(x: Floats) -> Floats:
+        return np.log(predicted(x) / seconds)[~held]
+
     best = least_squares(
-        lambda x: np.log(predicted(x) / seconds)[shown],
+        residuals,
         np.log([0.4, 0.7]), bounds=(np.log([0.01, 0.01]), [0, 0]), loss="soft_l1", f_scale=0.03,
     )  # fmt: skip
     return np.split(predicted(best.x), np.cumsum([len(s.table.frame) for s in group])[:-1])
@@ -119,7 +125,7 @@ def report(found: list[Scored], gpus: list[str]) -> str:
     groups: dict[tuple[str, str], list[Scored]] = {}
     for one in found:
         groups.setdefault((one.table.source.device, one.table.dtype), []).append(one)
-    plain = {}
+    plain: dict[int, Floats] = {}
     for group in groups.values():
         plain |= {id(s): p for s, p in zip(group, roofline(group), strict=True)}
     lines = [
@@ -148,7 +154,7 @@ def report(found: list[Scored], gpus: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _cell(predicted: Floats, table: MoeTable, rows: Floats) -> str:
+def _cell(predicted: Floats, table: MoeTable, rows: NDArray[np.bool_]) -> str:
     if not rows.any():
         return "-"
     return _text(score(predicted[rows], table.seconds[rows]))

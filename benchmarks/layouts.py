@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,10 +52,7 @@ CASES = (
     Case("16", "deepseek", lambda: load_cluster("hgx-h200-8x2")),
     Case("32", "deepseek", lambda: load_cluster("hgx-h200-8x4")),
     Case("72", "deepseek", lambda: load_cluster("gb200-nvl72")),
-    *(
-        Case(f"g{n}", "gpt-oss", lambda n=n: load_cluster("hgx-h100-8", gpus=n))
-        for n in (1, 2, 4, 8)
-    ),
+    *(Case(f"g{n}", "gpt-oss", partial(load_cluster, "hgx-h100-8", gpus=n)) for n in (1, 2, 4, 8)),
 )
 
 

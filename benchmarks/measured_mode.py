@@ -94,7 +94,7 @@ def report(rows: pd.DataFrame) -> str:
     ]
     for key, found in rows.groupby(["gpu", "engine", "op", "dtype", "kernel"], sort=False):
         lines.append(
-            f"| {' | '.join(key)} | {found['rows'].iloc[0]:,} | {covered(found)} | "
+            f"| {' | '.join(map(str, key))} | {found['rows'].iloc[0]:,} | {covered(found)} | "
             f"{error(found)} | {100 * found['scatter'].iloc[0]:.1f} |"
         )
     return "\n".join(lines) + "\n"

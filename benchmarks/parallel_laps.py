@@ -20,10 +20,18 @@ import torch
 from numpy.typing import NDArray
 
 from hwmodels.cluster import load_cluster
-from kernels_ref import Decoder, MovableExperts, TogetherClock, Weights, run_processes
+from kernels_ref import (
+    Decoder,
+    MovableExperts,
+    PlacedSteps,
+    TogetherClock,
+    Weights,
+    run_processes,
+)
 from moeplan.scenario import open_scenario
 from moeplan.validate_parallel import each_case, place_steps, price_parallel
 from moeplan.validate_parallel_cases import make_parallel_cases
+from traces.model_spec import ModelSpec
 
 RESULT = Path(__file__).parent / "results" / "parallel_laps.md"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "validate.yaml"
@@ -35,7 +43,14 @@ Row = tuple[str, list[float], NDArray[np.float64]]
 """Label, predicted seconds by part, measured ones [rounds, parts]."""
 
 
-def run_rank(rank, _ranks, model, placed, lengths, seed=0):
+def run_rank(
+    rank: int,
+    _ranks: int,
+    model: ModelSpec,
+    placed: Sequence[PlacedSteps],
+    lengths: Sequence[Sequence[int]],
+    seed: int = 0,
+) -> list[list[Laps]]:
     """Run on a rank; for every round the laps of each step."""
     own = list(lengths[rank])
     experts = MovableExperts(model, placed[0].slot_map_LS, seed=seed)

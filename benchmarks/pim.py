@@ -5,6 +5,7 @@
 writes benchmarks/results/pim.md. Nothing is fitted; docs/background/pim.md says what is modelled.
 """
 
+import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -296,6 +297,7 @@ def _problem(costs: SiteCosts, tokens: Ints) -> SiteProblem:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     text = [
         "# Memories with processors",
         "",

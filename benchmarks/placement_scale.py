@@ -10,6 +10,7 @@ The table goes to the screen and to benchmarks/results/placement_scale.md. Witho
 MOEPLAN_DATA the case that needs it is left out, and said so.
 """
 
+import argparse
 import os
 import platform
 import sys
@@ -95,6 +96,7 @@ def run_case(name: str, shares: Callable[[], Floats], num_slots: int, num_ranks:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(HEADER, flush=True)
     rows = []
     for case in CASES:

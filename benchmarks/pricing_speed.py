@@ -9,6 +9,7 @@ from the repository root, on one core:
 The table goes to the screen and to benchmarks/results/pricing_speed.md.
 """
 
+import argparse
 import os
 import platform
 import sys
@@ -83,6 +84,7 @@ def timed(op: Op, cluster: Cluster) -> float:
 
 def main() -> None:
     """Time all models on all columns and write the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     cluster = load_cluster(CLUSTER)
     lines = []
     for kernel, varies, op, asked in columns(np.random.default_rng(0)):

@@ -9,6 +9,7 @@ the repository root, on one core:
 The table goes to the screen and to benchmarks/results/serving_speed.md.
 """
 
+import argparse
 import os
 import platform
 import sys
@@ -82,6 +83,7 @@ def served(count: int, result: ServingResult) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     model = load_model(Path(str(files("aiconfigurator_core").joinpath(CONFIG))))
     cluster = load_cluster(CLUSTER)
     trace, arrivals = synthetic(model), workload()

@@ -9,6 +9,7 @@ message sizes of NCCL and of the all-reduces are in elements, not bytes (int8 ta
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,7 @@ def _version(text: str) -> list[int]:
     return [int(d) for d in digits.split()]
 
 
-def _hash(frame: pd.DataFrame, columns: list[str]) -> NDArray[np.uint64]:
+def _hash(frame: pd.DataFrame, columns: list[str]) -> pd.Series:
     return pd.util.hash_pandas_object(frame[columns].astype(str).agg("|".join, axis=1), index=False)
 
 
@@ -95,7 +96,7 @@ def sample(
 ) -> pd.DataFrame:
     """Rows of one dtype; the fastest kernel of each case; a hash sample; the held-out shapes."""
     frame = frame[frame[column].map(DTYPES.get) == dtype]
-    frame = frame.groupby(keys, as_index=False)["latency"].min()
+    frame = frame.groupby(keys, as_index=False)[["latency"]].min()
     if len(frame) > ROWS:
         order = np.argsort(_hash(frame, keys))[:ROWS]
         frame = frame.iloc[np.sort(order)].reset_index(drop=True)
@@ -133,12 +134,11 @@ def moe(gpu: str, engine: str, dtype: str) -> Rows | None:
     return None
 
 
-def _moe_group(
-    frame: pd.DataFrame, key: tuple[int, int, int, int], dtype: str, engine: str
-) -> Rows:
+def _moe_group(frame: pd.DataFrame, key: tuple[Any, ...], dtype: str, engine: str) -> Rows:
     """One expert geometry; features are averaged over the draws of a power law."""
     hidden, inter, experts, tp = (int(x) for x in key)
-    moved, blocks, padded, permuted = 0.0, 0.0, 0.0, 0.0
+    moved, blocks, permuted = np.zeros((3, len(frame)))
+    padded = np.zeros((len(TILES), len(frame)))
     for draw in range(DRAWS):
         counts = _busiest_rank_loads(frame, experts, np.random.default_rng(draw))
         op = GroupedGemm(
@@ -206,7 +206,7 @@ def attention(gpu: str, engine: str, phase: str, kv: str) -> Rows | None:
     if phase == "context":
         frame = frame[frame.step == 0]
     shape = ["num_heads", "num_key_value_heads", "head_dim"]
-    frame = frame.groupby([*shape, "batch_size", "isl", "step"], as_index=False)["latency"].min()
+    frame = frame.groupby([*shape, "batch_size", "isl", "step"], as_index=False)[["latency"]].min()
     frame = frame[frame.num_key_value_heads > 0].reset_index(drop=True)
     if frame.empty:
         return None
@@ -216,11 +216,11 @@ def attention(gpu: str, engine: str, phase: str, kv: str) -> Rows | None:
 
 
 def _attention_group(
-    frame: pd.DataFrame, key: tuple[int, int, int], phase: str, kv: str, engine: str
+    frame: pd.DataFrame, key: tuple[Any, ...], phase: str, kv: str, engine: str
 ) -> Rows:
     heads, kv_heads, dim = (int(x) for x in key)
     batch, isl, step = (frame[c].to_numpy() for c in ("batch_size", "isl", "step"))
-    geometry = {
+    geometry: dict[str, Any] = {
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": dim,
@@ -238,7 +238,14 @@ def _attention_group(
     return _rows(frame, op.bytes_moved(), 0.0, 0.0, padded, engine)
 
 
-def _rows(frame: pd.DataFrame, moved, blocks, permuted, padded, engine: str) -> Rows:
+def _rows(
+    frame: pd.DataFrame,
+    moved: NDArray[np.float64],
+    blocks: NDArray[np.float64] | float,
+    permuted: NDArray[np.float64] | float,
+    padded: NDArray[np.float64],
+    engine: str,
+) -> Rows:
     n = len(frame)
     return Rows(
         seconds=frame.latency.to_numpy() * 1e-3,
@@ -281,7 +288,7 @@ def collective(gpu: str, name: str) -> pd.DataFrame:
         {"bytes": 2.0 * frame.message_size * share, "seconds": frame.latency * 1e-3, "group": ranks}
     )
     out["held_out"] = _hash(frame, ["message_size"]).to_numpy() % 4 == 0
-    return out.groupby(["bytes", "group", "held_out"], as_index=False)["seconds"].median()
+    return out.groupby(["bytes", "group", "held_out"], as_index=False)[["seconds"]].median()
 
 
 def deepep(gpu: str, nodes: int) -> pd.DataFrame:
@@ -322,7 +329,7 @@ def nvlink_alltoall(gpu: str) -> pd.DataFrame:
     frame = pd.read_parquet(path)
     frame = frame[frame.op_name == "alltoall_combine"]
     keys = ["num_tokens", "hidden_size", "topk", "moe_ep_size"]
-    frame = frame.groupby(keys, as_index=False)["latency"].min()
+    frame = frame.groupby(keys, as_index=False)[["latency"]].min()
     ranks = frame.moe_ep_size
     copies = np.minimum(frame.topk, ranks) * (ranks - 1) / ranks
     return pd.DataFrame(

@@ -12,7 +12,7 @@ table: they are fitted on some numbers of ranks and scored on the others.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hwmodels.fitting.moe import fit_moe
 from hwmodels.kernels.grouped_gemm import GroupedGemmCost
+from hwmodels.ops import GroupedGemm
 from hwmodels.silicon.loads import DRAWS, power_law
 from hwmodels.silicon.moe import MoeTable, moe_tables
 from hwmodels.silicon.table import limits_of
@@ -43,6 +44,7 @@ WIDE_HEAD = [
     "|---|---|---|---|---|---|---|---|---|",
 ]  # fmt: skip
 SHAPE = ["hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size", "moe_ep_size"]
+Show = Callable[[pd.DataFrame], str]
 
 
 def main() -> None:
@@ -54,6 +56,7 @@ def main() -> None:
     for gpu in args.gpu:
         costs: dict[str, GroupedGemmCost] = {}
         for table in moe_tables(gpu, ("trtllm",)):
+            assert isinstance(table, MoeTable)
             if (table.frame["num_experts"] < FEWEST).all():
                 continue
             cost = fit_moe(table, limits_of(table))
@@ -134,10 +137,10 @@ def ratios(pairs: pd.DataFrame, measured: pd.Series, model: pd.Series) -> pd.Dat
 
 def imbalance(table: MoeTable) -> NDArray[np.float64]:
     """Return (token, expert) pairs of the busiest rank over the mean rank's, per row."""
-    rows = [
-        np.mean([op.rows() for op in (first, *others)], axis=0)
-        for first, others in zip(table.parts, table.more, strict=True)
-    ]
+    rows = []
+    for first, others in zip(table.parts, table.more, strict=True):
+        assert isinstance(first, GroupedGemm)
+        rows.append(np.mean([op.rows() for op in (first, *others)], axis=0))
     mean = table.frame["num_tokens"] * table.frame["topk"] / table.frame["moe_ep_size"]
     return np.concatenate(rows) / mean.to_numpy()
 
@@ -260,7 +263,7 @@ def summary(title: str, rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def grid(rows: pd.DataFrame, ranks: Iterable[int], show) -> list[str]:
+def grid(rows: pd.DataFrame, ranks: Iterable[int], show: Show) -> list[str]:
     """Return a table with both power laws in each cell."""
 
     def both(found: pd.DataFrame) -> str:
@@ -270,7 +273,7 @@ def grid(rows: pd.DataFrame, ranks: Iterable[int], show) -> list[str]:
     return table_of(rows, ranks, both)
 
 
-def table_of(rows: pd.DataFrame, ranks: Iterable[int], show) -> list[str]:
+def table_of(rows: pd.DataFrame, ranks: Iterable[int], show: Show) -> list[str]:
     """Return a table of token bins over ranks."""
     used = [r for r in ranks if (rows["moe_ep_size"] == r).any()]
     lines = [

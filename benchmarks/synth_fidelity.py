@@ -21,7 +21,7 @@ from traces.caches_inputs import active_experts, token_steps
 from traces.counts import expert_counts, step_counts
 from traces.routing_trace import RoutingTrace, read_trace, request_order
 from traces.splits import split_requests
-from traces.stats import load_skew, trace_statistics
+from traces.stats import trace_statistics
 from traces.synth_draw import draw_trace
 from traces.synth_fit import fit_trace
 
@@ -87,6 +87,11 @@ class Sample:
             part = self.active[start : start + 8192].transpose(1, 0, 2).astype(np.float32)
             pairs += part.transpose(0, 2, 1) @ part
         return pairs / len(self.active)
+
+
+def load_skew(uses: NDArray[np.int32]) -> Floats:
+    """Return the load max/mean ``[...]`` of uses ``[..., E]``."""
+    return uses.max(axis=-1) / uses.mean(axis=-1)
 
 
 def repeated_sets(sample: Sample) -> float:

@@ -206,7 +206,7 @@ def lens_bound(done: Run) -> StreamingBound:
         output=32,
         cached_tokens=done.workload.tokens * (98 + 32 / 2),
         streamed_bytes=float(summary["fetched_bytes_per_token"]) * done.workload.tokens,
-        bandwidth=link.bandwidth.value * link.cost("copy").efficiency,
+        bandwidth=link.bandwidth.value * link.copy_cost().efficiency,
     )
 
 
