@@ -1,7 +1,7 @@
 """The command line: parses, calls one function per command, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 the answer is no (infeasible), 2 bad input. With ``--json`` the result goes
-to stdout as JSON and everything else to stderr.
+Exit codes: 0 done, 1 the answer is no (infeasible), 2 bad input, 130 interrupted, 141 nobody reads
+on. With ``--json`` the result goes to stdout as JSON and everything else to stderr.
 """
 
 import argparse
@@ -165,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeplanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error} -- check the path", file=sys.stderr)
@@ -172,13 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from moeplan import commands  # heavy imports only once the arguments are good
+    from moeplan import commands, console  # heavy imports only once the arguments are good
 
     name = "_".join(p for p in (options.command, getattr(options, "verb", None)) if p)
     result = getattr(commands, name)(options)
     if options.json:
-        json.dump(result, sys.stdout, indent=1, allow_nan=False)
-        sys.stdout.write("\n")
+        try:
+            json.dump(result, sys.stdout, indent=1, allow_nan=False)
+            print(flush=True)
+        except BrokenPipeError:
+            console.end_unread()
     if result.get("errors"):  # only a check of files counts them
         return 2
     return 1 if result.get("failed") else 0  # sections of a validation

@@ -65,7 +65,7 @@ def _synth(parser: Any) -> None:
     parser.add_argument("--loads", type=Path, metavar="CSV", help="loads of each layer, to be met")
     parser.add_argument("--num-experts", type=int, metavar="E", help="of the model of --loads")
     parser.add_argument("--top-k", type=int, metavar="K", help="of the model of --loads")
-    parser.add_argument("--model", default="synthetic", help="name of the model of --loads")
+    parser.add_argument("--model", help="name of the model of --loads (default synthetic)")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to draw")
     parser.add_argument("--requests", type=int, metavar="R", help="by the fitted length without")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")

@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from basis.units import format_quantity
 from moeplan.composition_file import Composition
@@ -23,7 +24,7 @@ _DIRECTION = {True: ", same direction", False: ", the other direction", None: ""
 
 def show_composition(screen: Console, composition: Composition, answer: Mapping[str, Any]) -> None:
     """Print the table of every workload, then the claims."""
-    screen.print(f"\n[bold]{composition.system}[/bold]  {composition.paper}")
+    screen.print(Text(f"\n{composition.system}", "bold"), composition.paper, sep="  ")
     screen.print(f"cluster  {composition.cluster}   model  {answer['model']}")
     screen.print(f"routing  {answer['routing']}")
     for name, variant in composition.variants.items():

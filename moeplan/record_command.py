@@ -6,12 +6,14 @@ the left and continued greedily, so that the same prompts give the same trace.
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from basis.errors import InputError
+from basis.files import check_target, refuse_same
 from moeplan import console
 from traces.parquet_columns import TraceFile
 from traces.record_model import TraceOrigin
@@ -54,9 +56,9 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} -- at least 1")
-    if not options.out.parent.is_dir():
-        raise InputError(f"{options.out.parent}: no such folder -- make it first")
+    check_target(options.out)
     prompts = read_prompts(options.prompts, options.domain_key)
+    refuse_same([options.out], [options.prompts])
     screen = console.of(options)
     with console.progress(screen) as tell:
         tell(f"load {options.model}")
@@ -98,7 +100,10 @@ def read_prompts(path: Path, domain_key: str) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text -- {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path}: not readable as UTF-8 text ({why}) -- give a file with one prompt a line"
+        ) from error
     read = _from_json if path.suffix == ".jsonl" else _from_text
     found: list[Prompt] = []
     problems: list[str] = []
@@ -128,7 +133,7 @@ def _from_json(line: str, domain_key: str) -> Prompt | str:
     """Return the prompt, or what is wrong with the line."""
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "not JSON"
     if not isinstance(data, dict):
         return f"{type(data).__name__}, not an object"
@@ -150,7 +155,8 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Encode]:
     Raises
     ------
     InputError
-        When a library is missing, there is no such device, or nothing of this name can be loaded.
+        When a library is missing, there is no such device, or nothing of this name can be loaded,
+        whatever a damaged file makes the libraries raise.
     """
     try:
         import torch
@@ -164,12 +170,17 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Encode]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        model = model.to(device).eval()
+    except Exception as error:
         raise InputError(
-            f"{name}: not loaded ({str(error).splitlines()[0] if str(error) else error!r}) -- give "
-            "a folder with a causal language model and its tokenizer, or its name on the hub"
+            f"{name}: not loaded ({_short(error)}) -- give a folder with a whole causal "
+            "language model and its tokenizer that fit in memory, or its name on the hub"
         ) from error
-    return model.to(device).eval(), lambda text: tokenizer(text)["input_ids"]
+    return model, lambda text: tokenizer(text)["input_ids"]
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error) or repr(error), 200, placeholder=" ...")
 
 
 def _run(
@@ -179,7 +190,13 @@ def _run(
     options: argparse.Namespace,
     tell: Callable[[str], None],
 ) -> None:
-    """Run the prompts, a batch at a time."""
+    """Run the prompts, a batch at a time.
+
+    Raises
+    ------
+    InputError
+        When the model cannot be recorded, or does not run: damaged, or out of memory.
+    """
     origin = TraceOrigin(
         source=f"prompts of {options.prompts.name}, continued greedily by at most "
         f"{options.max_new_tokens} tokens"
@@ -195,12 +212,18 @@ def _run(
             )
             recording.next_domains = [prompt.domain for prompt in group]
             ids, mask = _padded([encode(prompt.text) for prompt in group], model.device)
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=options.max_new_tokens,
-                **_GREEDY,
-            )
+            try:
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=options.max_new_tokens,
+                    **_GREEDY,
+                )
+            except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+                raise InputError(
+                    f"{options.model}: does not run ({_short(error)}) -- give a whole model; "
+                    "where memory ran out, a smaller --batch"
+                ) from error
 
 
 def _groups(prompts: list[Prompt], batch: int) -> Iterator[list[Prompt]]:

@@ -8,6 +8,7 @@ import argparse
 from typing import Any
 
 from basis.errors import InputError
+from basis.files import check_file, check_target, refuse_same
 from moeplan import console
 from traces.convert import read_npz
 from traces.routing_trace import read_trace
@@ -42,6 +43,7 @@ def synth(options: argparse.Namespace) -> dict[str, Any]:
         "note": fit.meta.note,
         "tokens": options.tokens if options.out else None,
         "requests": None if lengths is None else len(lengths),
+        "kinds": len(fit.kinds.share),
         "processes": [
             {
                 "name": process.name,
@@ -77,7 +79,7 @@ def _generator(options: argparse.Namespace, tell: Any) -> SynthFit:
     return fit_loads(
         shares_from_loadstats(options.loads, options.num_experts, options.seed),
         top_k=options.top_k,
-        model=options.model,
+        model=options.model or "synthetic",
         moe_layer_ids=loadstats_layers(options.loads),
         known_from=options.loads.name,
         like=lender,
@@ -95,18 +97,41 @@ def _check(options: argparse.Namespace) -> None:
     geometry = (options.num_experts, options.top_k)
     if options.loads and None in geometry:
         problems.append("--loads without --num-experts and --top-k -- give the model's")
-    if not options.loads and geometry != (None, None):
-        problems.append("--num-experts and --top-k -- only with --loads; a trace says its own")
+    if not options.loads and (options.model, *geometry) != (None,) * 3:
+        problems.append(
+            "--num-experts, --top-k and --model -- only with --loads; a trace says its own"
+        )
     if not (options.out or options.save_fit):
         problems.append("nothing to write -- give --out PARQUET, --save-fit NPZ or both")
-    if options.out and options.tokens is None:
-        problems.append("--out without --tokens -- say how many")
-    elif options.out and not 1 <= (options.requests or 1) <= options.tokens:
-        problems.append(f"--tokens {options.tokens} -- at least one, and one for each request")
+    problems += _wrong_sizes(options)
     if options.seed < 0:
         problems.append(f"--seed {options.seed} -- from 0")
-    for path in (options.out, options.save_fit):
-        if path and not path.parent.is_dir():
-            problems.append(f"{path.parent}: no such folder -- make it first")
+    outputs = [path for path in (options.out, options.save_fit) if path]
+    for path in outputs:
+        try:
+            check_target(path)
+        except InputError as error:
+            problems.append(str(error))
     if problems:
         raise InputError("; ".join(problems))
+    if options.like:
+        check_file(options.like, "a trace")
+    refuse_same(outputs, [options.like, options.fit, options.loads])
+
+
+def _wrong_sizes(options: argparse.Namespace) -> list[str]:
+    """Say what is wrong with the size of the trace to draw."""
+    tokens, requests = options.tokens, options.requests
+    given = {
+        name: count
+        for name, count in (("--tokens", tokens), ("--requests", requests))
+        if count is not None
+    }
+    problems = [f"{name} {count} -- at least one" for name, count in given.items() if count < 1]
+    if given and not options.out:
+        problems.append(f"{' and '.join(given)} without --out -- name the trace to draw")
+    if options.out and tokens is None:
+        problems.append("--out without --tokens -- say how many")
+    if len(given) == 2 and requests > tokens >= 1:
+        problems.append(f"--requests {requests} of --tokens {tokens} -- at least one token each")
+    return problems

@@ -65,7 +65,8 @@ def _skewed(found: Found) -> Answer:
     layer = found.load.loads.moe_layer_ids[int(np.nanargmax(skew))]
     error = known_mean(found.support.max_over_mean_standard_error)
     step = next((s for s in found.balance.by_batch if s.batch == _BATCH), None)
-    so = "a placement by load has something to even out"
+    word = _word(mean, SKEWED)
+    so = f"a placement by load has {'little' if word == 'no' else 'something'} to even out"
     if step is not None and step.ranks:
         ranks = step.ranks[-1]
         so = (
@@ -76,7 +77,7 @@ def _skewed(found: Found) -> Answer:
     spread = "" if np.isnan(error) else f" ± {error:.2f}"
     return Answer(
         question="Is it skewed?",
-        word=_word(mean, SKEWED),
+        word=word,
         figure=f"{mean:.2f}×",
         because=f"busiest expert over the mean, mean over the layers{spread}; layer {layer} has "
         f"{worst:.2f}. From {SKEWED[0]:g} on: yes, from {SKEWED[1]:g}: somewhat",
@@ -128,11 +129,11 @@ def _enough(found: Found) -> Answer:
     words: dict[str, Word] = {"yes": "yes", "roughly": "somewhat", "no": "no"}
     value = finding.value
     needed = found.about.num_requests * (value / ENOUGH) ** 2
-    more = (
-        "loads are known well enough to place experts by them"
-        if finding.answer == "yes"
-        else f"about {needed:,.0f} requests like these would do"
-    )
+    more = f"about {needed:,.0f} requests like these would do"
+    if finding.answer == "yes":
+        more = "loads are known well enough to place experts by them"
+    elif np.isnan(value):
+        more = "one request cannot tell how far requests differ: record several"
     missing = [f.question for f in found.support.findings[1:] if f.answer == "no"]
     return Answer(
         question="Is it long enough?",

@@ -168,6 +168,7 @@ def _locality(found: Found) -> dict[str, Any]:
             shared[0].sizes, names=("slots of all layers", "hit rate"), percent=True, least=0.0,
             label="Hit rate of one cache for all layers by its slots",
         ),
+        "phase": curves[0].phase,
         "curve_share": curves[0].tokens / curves[0].tokens_of_phase,
         "segment_tokens": segments.tokens,
         "shared_share": shared[0].tokens / shared[0].tokens_of_phase,
@@ -207,6 +208,8 @@ def _flow(found: Found) -> Markup:
 
 def _pairs(found: Found) -> dict[str, Any]:
     pairs = found.coactivation
+    if pairs.skipped:
+        return {}
     ids, apart, chance = pairs.moe_layer_ids, pairs.departure, pairs.departure_by_chance
     at = int(apart.argmax())
     picture: Markup | None = None

@@ -133,9 +133,14 @@ def find_statistics(
     tell(f"loads, reuse, flow, pairs of {traces.num_tokens:,} tokens")
     results = _measured(traces, makers, scheduler)
     load, flow, reuse, drift, support, pairs, locality, local, sample = results
-    phase: Phase = "decode" if support.decode_tokens else "any"
+    about = About.of(traces)
+
+    def phase(tokens: int) -> Phase:
+        """Return decode where a sample of so many tokens has such rows."""
+        return "decode" if support.decode_requests[chosen_requests(about, tokens)].any() else "any"
+
     tell(f"steps of batches of {sample.trace.num_tokens:,} tokens")
-    steps = balance(sample.trace, phase=phase)
+    steps = balance(sample.trace, phase=phase(SAMPLE_TOKENS))
     tell("caches that see a segment ahead")
     segments = segment_cache(_part(sample.trace, SEGMENT_CELLS))
     curves = []
@@ -146,10 +151,10 @@ def find_statistics(
     for scope, most in played:
         for policy in POLICIES:
             tell(f"cache: {policy}, {scope}")
-            curves.append(cache_curve(traces, policy, scope=scope, phase=phase, tokens=most))
+            curves.append(cache_curve(traces, policy, scope=scope, phase=phase(most), tokens=most))
     names = [f.path.name for f in traces.files] if isinstance(traces, TraceSet) else [paths[0].name]
     return Found(
-        about=About.of(traces),
+        about=about,
         files=tuple(names),
         load=load,
         flow=flow,
@@ -177,8 +182,8 @@ def _contiguous(meta: TraceMeta) -> tuple[str, Placement]:
 
 
 def _tokens(meta: TraceMeta, cells: int) -> int:
-    """Return the tokens that make so many cells, at most those of the sample."""
-    return min(SAMPLE_TOKENS, cells // (meta.num_layers * meta.num_experts))
+    """Return the tokens that make so many cells, at most those of the sample, at least one."""
+    return max(min(SAMPLE_TOKENS, cells // (meta.num_layers * meta.num_experts)), 1)
 
 
 def _part(trace: RoutingTrace, cells: int) -> RoutingTrace:

@@ -27,10 +27,10 @@ def show_statistics(screen: Console, found: Found, given: tuple[Answer, ...]) ->
         highlight=False,
     )
     if meta.synthetic and meta.note:
-        screen.print(meta.note, highlight=False, markup=False)
+        screen.print(meta.note)
     for answer in given:
-        screen.print(f"\n[bold]{answer.question} {answer.word}[/bold]: {answer.figure}")
-        screen.print(f"  {answer.because}.\n  So {answer.so}.", highlight=False, markup=False)
+        screen.print(f"\n{answer.question} {answer.word}: {answer.figure}", style="bold")
+        screen.print(f"  {answer.because}.\n  So {answer.so}.")
     for table in (_load(found), _steps(found), _caches(found), _reuse(found), _support(found)):
         screen.print()
         screen.print(table)
@@ -110,7 +110,8 @@ def _reuse(found: Found) -> Table:
 def _support(found: Found) -> Table:
     table = Table("The trace supports", "", "number", "which is", title_justify="left")
     for each in found.support.findings:
-        table.add_row(each.question, each.answer, f"{each.value:.4g}", each.why)
+        value = "not known" if np.isnan(each.value) else f"{each.value:.4g}"
+        table.add_row(each.question, each.answer, value, each.why)
     return table
 
 

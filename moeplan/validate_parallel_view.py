@@ -3,6 +3,7 @@
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moeplan.figures import percent
 from moeplan.validate_parallel import DECIDED, Pair, ParallelFound
@@ -49,12 +50,12 @@ def order_conclusion(found: ParallelFound) -> str:
     )
 
 
-def _cells(pair: Pair) -> list[str]:
+def _cells(pair: Pair) -> list[str | Text]:
     return [
         f"{pair.first.batch}, {pair.first.load}: {pair.first.placement} / {pair.second.placement}",
         percent(pair.predicted_gap, signed=True),
         percent(pair.measured_gap, signed=True),
         percent(pair.spread),
         pair.answer,
-        f"[{_STYLES[pair.verdict]}]{pair.verdict}[/]",
+        Text(pair.verdict, _STYLES[pair.verdict]),
     ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moeplan.figures import percent, seconds
 from moeplan.validate_blame import Suspect
@@ -50,7 +51,7 @@ def show_rows(screen: Console, rows: Sequence[Row], what: str) -> None:
             seconds(row.measured_s),
             percent(row.error, signed=True),
             percent(row.floor),
-            f"[{_STYLES[row.verdict]}]{row.verdict}[/]",
+            Text(row.verdict, _STYLES[row.verdict]),
         )
     screen.print(table)
 
@@ -72,7 +73,7 @@ def show_summaries(screen: Console, rows: Sequence[Summary], what: str, bound: f
             percent(row.worst),
             percent(row.floor),
             f"{row.decidable} of {row.decidable + row.undecidable}",
-            f"[{_STYLES[verdict]}]{verdict}[/]",
+            Text(verdict, _STYLES[verdict]),
         )
     screen.print(table)
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from basis.units import format_quantity
 from hwmodels import Cluster, Finding
@@ -36,7 +37,7 @@ def show_plan(
 def show_facts(screen: Console, plan: Mapping[str, Any]) -> None:
     """Print the answer and what it is about, for every kind of plan."""
     facts = plan["scenario"]
-    screen.print(f"\n[bold]{plan['verdict']['answer']}[/bold]\n")
+    screen.print(f"\n{plan['verdict']['answer']}\n", style="bold")
     screen.print(f"model    {facts['model']}: {facts['model_summary']}")
     screen.print(f"trace    {facts['trace']}: {facts['trace_summary']}")
     if facts["trace_note"]:
@@ -154,7 +155,7 @@ def show_comparison(
 def show_catalog(screen: Console, names: Mapping[str, Sequence[str]]) -> None:
     """Print the names in the catalog."""
     for kind, entries in names.items():
-        screen.print(f"[bold]{kind}[/bold]")
+        screen.print(kind, style="bold")
         for name in entries:
             screen.print(f"  {name}")
     screen.print("A cluster with a network also takes a number of nodes: hgx-h100-8x4.")
@@ -186,7 +187,7 @@ def show_hardware(screen: Console, entry: Mapping[str, Any]) -> None:
     _add_figures(table, entry, (), sources)
     screen.print(table)
     for key, text in sources.items():
-        screen.print(f"[bold]{key}[/bold]: {text}")
+        screen.print(Text(key, "bold"), text, sep=": ")
 
 
 def _add_figures(

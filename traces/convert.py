@@ -1,12 +1,10 @@
-"""Traces from one file format to another, by suffix, without losing a bit.
+"""Traces from one file format to another, by suffix, without losing a bit of a token.
 
 Parquet (own schema or a transport file), npz and JSONL are read; Parquet (own schema), npz and
 JSONL are written. Layouts: ``docs/reference/trace-schema.md``.
 """
 
 import json
-import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from basis.files import check_file, check_target, refuse_same, replacing
 from traces.checks import check_cells, check_positions
+from traces.importers.files import npz_names
+from traces.importers.files import read_npz as read_arrays
 from traces.json_lines import rows_of_lists, tables
 from traces.meta import TraceMeta, decode, encode
 from traces.parquet_columns import Columns, row_shapes
-from traces.routing_trace import MAX_BYTES, RoutingTrace, read_trace, write_trace
+from traces.routing_trace import (
+    MAX_BYTES,
+    RoutingTrace,
+    read_trace,
+    rows_with_request,
+    write_trace,
+)
 
 _COLUMNS = ("request_id", "position", "decode", "step", "domain", "experts")
 _OPTIONAL = ("weights", "candidates", "candidate_scores")
@@ -59,19 +66,21 @@ def convert(source: Path, target: Path) -> RoutingTrace:
     Raises
     ------
     InputError
-        If a suffix is not one of these, both are the same file, or the source is bad.
+        If a suffix is not one of these, both are the same file, the source is bad, or the target
+        cannot be written.
     """
     source, target = Path(source), Path(target)
     readers = {".parquet": read_trace, ".npz": read_npz, ".jsonl": read_jsonl}
     writers = {".parquet": write_trace, ".npz": write_npz, ".jsonl": write_jsonl}
     for path, known, verb in ((source, readers, "read"), (target, writers, "write")):
         if path.suffix not in known:
-            raise InputError(f"{path}: cannot {verb} {path.suffix!r} -- one of {', '.join(known)}")
-    if source.resolve() == target.resolve():
-        raise InputError(f"{target}: source and target are the same file -- name another target")
+            raise InputError(
+                f"{path}: cannot {verb} {path.suffix!r} -- one of {', '.join(known)}; a workload "
+                "is read from .csv or .jsonl"
+            )
+    check_target(target)
+    refuse_same([target], [source])
     trace = readers[source.suffix](source)
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder -- make it first")
     writers[target.suffix](trace, target)
     return trace
 
@@ -79,7 +88,8 @@ def convert(source: Path, target: Path) -> RoutingTrace:
 def write_npz(trace: RoutingTrace, path: Path) -> None:
     """Write the columns and the metadata document as an npz, not compressed."""
     arrays: dict[str, Any] = {"meta": np.array(encode(trace.meta, trace.domains)), **trace.columns}
-    np.savez(path, **arrays)
+    with replacing(Path(path)) as file, file.open("wb") as out:
+        np.savez(out, **arrays)
 
 
 def read_npz(path: Path) -> RoutingTrace:
@@ -88,59 +98,47 @@ def read_npz(path: Path) -> RoutingTrace:
     Raises
     ------
     InputError
-        If the file is not such an npz, is damaged or too large, or has bad rows.
+        If the file is not such an npz, is damaged or too large, or has bad or no rows.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file -- give the path of an npz trace")
-    try:
-        _check_sizes(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: not a readable npz of plain arrays ({error}) -- truncated, or another format?"
-        ) from error
-    missing = {"meta", *_COLUMNS} - arrays.keys()
-    unknown = arrays.keys() - {"meta", *_OPTIONAL, *_COLUMNS}
-    if missing or unknown or arrays["meta"].dtype.kind != "U" or arrays["meta"].ndim:
+    check_file(path, "an npz trace")
+    names = npz_names(path)
+    arrays: dict[str, Any] = read_arrays(path, names, MAX_BYTES)
+    missing, unknown = {"meta", *_COLUMNS} - names, names - {"meta", *_OPTIONAL, *_COLUMNS}
+    if missing or unknown:
         raise InputError(
             f"{path}: missing {sorted(missing)}, unknown {sorted(unknown)} -- an npz trace has "
             f"{', '.join(_COLUMNS)}, maybe {', '.join(_OPTIONAL)}, and the text meta"
         )
+    meta = arrays.pop("meta")
+    if meta.dtype.kind != "U" or meta.ndim:
+        raise InputError(
+            f"{path}: meta is {meta.dtype}{list(meta.shape)} -- one text; save np.array(str), not "
+            "bytes"
+        )
     try:
-        meta, domains = decode(str(arrays.pop("meta")))
-        trace = RoutingTrace(meta=meta, domains=domains, **arrays)
-    except InputError as error:
+        about, domains = decode(meta.tobytes().decode("utf-32-le").rstrip("\0"))
+        trace = RoutingTrace(meta=about, domains=domains, **arrays)
+    except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
-    check_cells(trace.columns, meta, len(domains), str(path))
-    check_positions(trace.request_id, trace.position, str(path))
-    return trace
+    return _checked(trace.columns, about, domains, path)
 
 
-def _check_sizes(path: Path) -> None:
-    """Compare what each array's header declares with what the archive holds, before loading."""
-    total = 0
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                if version != (1, 0):
-                    raise ValueError(f"{member.filename} has npy version {version}")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-                declared = math.prod(shape) * dtype.itemsize
-                if declared != member.file_size - stream.tell():
-                    raise ValueError(f"{member.filename} does not hold the bytes that it declares")
-            total += declared
-    if total > MAX_BYTES:
-        raise ValueError(f"{total} bytes in memory, at most {MAX_BYTES}")
+def _checked(
+    columns: Columns, meta: TraceMeta, domains: tuple[str, ...], path: Path
+) -> RoutingTrace:
+    """Return the trace of columns that were read, checked as `read_trace` checks them."""
+    check_cells(columns, meta, len(domains), str(path))
+    kept = rows_with_request(columns, path)
+    check_positions(kept["request_id"], kept["position"], str(path))
+    return RoutingTrace(meta=meta, domains=domains, **kept)
 
 
 def write_jsonl(trace: RoutingTrace, path: Path) -> None:
     """Write a line of metadata, then one line per token; every number is exact."""
     texts = [json.dumps(name) for name in trace.domains]
     phases = ['"prefill"', '"decode"']
-    with Path(path).open("w", encoding="utf-8") as out:
+    with replacing(Path(path)) as file, file.open("w", encoding="utf-8") as out:
         out.write(encode(trace.meta, trace.domains) + "\n")
         for start in range(0, trace.num_tokens, 4096):
             columns = {name: c[start : start + 4096].tolist() for name, c in trace.columns.items()}
@@ -166,8 +164,7 @@ def read_jsonl(path: Path) -> RoutingTrace:
         memory, or a row is bad.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file -- give the path of a JSONL trace")
+    check_file(path, "a JSONL trace")
     with path.open("rb") as file:
         first = file.readline(_MOST_HEAD)
     try:
@@ -188,9 +185,7 @@ def read_jsonl(path: Path) -> RoutingTrace:
     if any(part.keys() != parts[0].keys() for part in parts):
         raise InputError(f"{path}: weights in some rows only -- in all rows, or in none")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    check_cells(whole, meta, len(domains), str(path))
-    check_positions(whole["request_id"], whole["position"], str(path))
-    return RoutingTrace(meta=meta, domains=domains, **whole)
+    return _checked(whole, meta, domains, path)
 
 
 def _columns(table: Any, meta: TraceMeta, domains: tuple[str, ...], where: str) -> Columns:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from basis.files import replacing
 
 SCHEMA = "moeplan.counts/1"
 COUNTS_KEY = b"moeplan.counts"
@@ -79,11 +80,8 @@ def write_counts(counts: CountsTrace, path: Path) -> None:
     Raises
     ------
     InputError
-        If the folder does not exist.
+        If it cannot be written there.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder -- make it first")
     steps, layers, experts = counts.counts.shape
     about = {name: value for name, value in vars(counts).items() if name != "counts"}
     flat = pa.array(counts.counts.reshape(-1))
@@ -95,9 +93,8 @@ def write_counts(counts: CountsTrace, path: Path) -> None:
         },
         metadata={COUNTS_KEY: json.dumps({"schema": SCHEMA} | about).encode()},
     )
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-    partial.replace(path)
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def is_counts(path: Path) -> bool:
@@ -158,7 +155,7 @@ def _about(path: Path, file: Any) -> dict[str, Any]:
     wanted = {f for f in CountsTrace.__dataclass_fields__ if f != "counts"}
     try:
         about: Any = json.loads(stored) if stored else None
-    except ValueError:
+    except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or about.pop("schema", None) != SCHEMA or set(about) != wanted:
         raise InputError(f"{path}: no loads of {SCHEMA} -- moeplan trace import writes such files")

@@ -104,7 +104,7 @@ def decode(text: str | bytes) -> tuple[TraceMeta, tuple[str, ...]]:
     """
     try:
         data = json.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"trace metadata: not valid JSON -- {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"trace metadata: expected a mapping, got {type(data).__name__}")
@@ -146,7 +146,7 @@ def decode_transport(metadata: Mapping[bytes, bytes]) -> TraceMeta:
         num_experts, top_k = int(text("num_experts")), int(text("top_k"))
         layer_ids: Any = json.loads(text("moe_layer_ids"))
         num_layers = int(text("num_layers", str(len(layer_ids))))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"trace metadata: a moe.* key is not readable -- {error}") from error
     if not _are_ints(layer_ids) or num_layers != len(layer_ids):
         raise InputError(

@@ -27,6 +27,7 @@ Columns = dict[str, NDArray[Any]]
 Shapes = dict[str, tuple[type, tuple[int, ...]]]
 """Type and shape of one row of each column."""
 _READ_BYTES = 2**20  # of a column, at a time
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def row_shapes(meta: TraceMeta, *, weights: bool, candidates: bool) -> Shapes:
@@ -171,7 +172,7 @@ class TraceFile:
             for batch in self._file.iter_batches(batch_size=rows, columns=names):
                 yield {name: self._column(batch, name, seen) for name in self.shapes}
                 seen += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             raise InputError(
                 f"{self.path}: damaged after row {seen} ({_first_line(error)}) -- fetch or record "
                 "it again"
@@ -192,7 +193,7 @@ class TraceFile:
             for batch in self._file.iter_batches(rows, columns=["request_id", "position"]):
                 yield self._column(batch, "request_id", seen), self._column(batch, "position", seen)
                 seen += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             raise InputError(
                 f"{self.path}: damaged after row {seen} ({_first_line(error)}) -- fetch or record "
                 "it again"
@@ -206,6 +207,9 @@ class TraceFile:
             stored = self._stored_name(name)
             if stored not in schema.names:
                 yield f"column {stored} is missing"
+                continue
+            if schema.names.count(stored) > 1:
+                yield f"column {stored} is there twice"
                 continue
             kind = schema.field(stored).type
             if shape:
@@ -257,7 +261,7 @@ class TraceFile:
         try:
             for batch in self._file.iter_batches(columns=["domain"]):
                 seen |= dict.fromkeys(pc.unique(_plain(batch.column(0)).drop_null()).to_pylist())
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             raise InputError(
                 f"{self.path}: damaged column domain ({_first_line(error)}) -- fetch it again"
             ) from error

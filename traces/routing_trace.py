@@ -7,6 +7,7 @@ and checked before any number is made of it.
 
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from basis.files import replacing
 from traces.checks import check_cells, check_positions
 from traces.meta import TraceMeta
 from traces.model_spec import ModelSpec
@@ -24,6 +26,7 @@ from traces.parquet_columns import Columns, TraceFile, arrow_schema, row_shapes,
 
 __all__ = [
     "RoutingTrace",
+    "TooLargeError",
     "TraceMeta",
     "TraceWarning",
     "TraceWriter",
@@ -38,6 +41,10 @@ _CHUNK_ROWS = 65536
 _ROW_GROUP_ROWS = 16384
 _ZSTD_LEVEL = 9
 MAX_BYTES = 8 * 2**30
+
+
+class TooLargeError(InputError):
+    """A trace does not fit into the memory that it may take."""
 
 
 class TraceWarning(UserWarning):
@@ -77,7 +84,7 @@ class RoutingTrace:
     """``[T, L, M]`` the router's scores of these, descending, or None."""
 
     def __post_init__(self) -> None:
-        tokens = len(self.request_id)
+        tokens = self.request_id.size
         recorded = (self.candidates is not None, self.candidate_scores is not None)
         if recorded != (self.meta.num_candidates > 0,) * 2:
             raise InputError(
@@ -182,37 +189,37 @@ class TraceWriter:
     Raises
     ------
     InputError
-        If the folder does not exist.
+        If the file cannot be written there.
     """
 
     def __init__(
         self, path: Path, meta: TraceMeta, domains: tuple[str, ...], *, weights: bool
     ) -> None:
         self.path, self.meta, self.domains = Path(path), meta, domains
-        if not self.path.parent.is_dir():
-            raise InputError(f"{self.path.parent}: no such folder -- make it first")
         self._schema = arrow_schema(meta, domains, weights=weights)
-        self._partial = self.path.with_name(self.path.name + ".partial")
         self._rows, self._weights = 0, weights
-        self._writer = pq.ParquetWriter(
-            self._partial,
-            self._schema,
-            compression="zstd",
-            compression_level=_ZSTD_LEVEL,
-            write_page_checksum=True,  # a flipped bit is an error, not another expert
-        )
+        with ExitStack() as files:
+            self._writer = files.enter_context(
+                pq.ParquetWriter(
+                    files.enter_context(replacing(self.path)),
+                    self._schema,
+                    compression="zstd",
+                    compression_level=_ZSTD_LEVEL,
+                    write_page_checksum=True,  # a flipped bit is an error, not another expert
+                )
+            )
+            self._files = files.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        self._writer.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink()
+        self._files.__exit__(kind, error, trace)
 
     def write(self, chunk: RoutingTrace) -> None:
         """Append rows.
@@ -305,7 +312,7 @@ def read_trace(
     """
     with TraceFile(Path(path), weights=weights, candidates=candidates) as file:
         if file.bytes_in_memory > max_bytes:
-            raise InputError(
+            raise TooLargeError(
                 f"{path}: {file.num_rows} rows take {file.bytes_in_memory / 2**30:.1f} GiB in "
                 f"memory -- at most {max_bytes / 2**30:.1f} GiB; read it in chunks with iter_trace"
             )
@@ -320,10 +327,23 @@ def read_trace(
                 whole[name][rows] = column
             first_row = rows.stop
     check_cells(whole, file.meta, len(file.domains), str(path))
-    kept = _with_request(whole)
-    _report_dropped(path, first_row - len(kept["request_id"]), first_row)
+    kept = rows_with_request(whole, path)
     check_positions(kept["request_id"], kept["position"], str(path))
     return RoutingTrace(meta=file.meta, domains=file.domains, **kept)
+
+
+def rows_with_request(columns: Columns, path: Path) -> Columns:
+    """Return the rows that have a request; a `TraceWarning` says how many have none.
+
+    Raises
+    ------
+    InputError
+        If none has one.
+    """
+    kept = _with_request(columns)
+    rows = len(columns["request_id"])
+    _report_dropped(path, rows - len(kept["request_id"]), rows)
+    return kept
 
 
 def _with_request(columns: Columns) -> Columns:
@@ -333,10 +353,12 @@ def _with_request(columns: Columns) -> Columns:
 
 def _report_dropped(path: Path, dropped: int, rows: int) -> None:
     if dropped == rows:
-        raise InputError(f"{path}: no row has a request (all ids are -1) -- record request ids")
+        raise InputError(
+            f"{path}: no row has a request ({rows} rows) -- record request ids, from 0"
+        )
     if dropped:
         warnings.warn(
             f"{path}: {dropped} of {rows} rows have no request (id -1) and are left out",
             TraceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

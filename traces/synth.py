@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 _CHUNK_CLOCKS = 2**22  # random clocks drawn at a time: 32 MiB
 _TOP = 32  # experts in the "top 32 share" of the statistics file
 _PERSISTENCE = 0.97  # of the slow part of router scores from token to token: about 30 tokens
+_MOST_LAYERS = 4096
 _MARGIN = 0.01  # of a bin's width that loads keep from its edges
 _BIN = "gpqa_experts_with_load_over_mean_in_"
 
@@ -201,8 +202,9 @@ def shares_from_loadstats(csv_path: Path, num_experts: int, seed: int) -> Floats
     Parameters
     ----------
     csv_path : Path
-        Columns ``gpqa_max_over_mean``, ``gpqa_top32_share_pct`` and
-        ``gpqa_experts_with_load_over_mean_in_<low>_<high>``, one row per MoE layer.
+        One row per MoE layer; columns ``gpqa_max_over_mean``, ``gpqa_top32_share_pct`` (percent)
+        and ``gpqa_experts_with_load_over_mean_in_<low>_<high>`` (experts), and for
+        `loadstats_layers` ``layer``. Others are ignored; all cells are numbers.
     num_experts : int
         E; must be the sum of every row's histogram.
     seed : int
@@ -214,14 +216,22 @@ def shares_from_loadstats(csv_path: Path, num_experts: int, seed: int) -> Floats
     Raises
     ------
     InputError
-        If the file or its columns are missing, or a histogram does not sum to E.
+        If the file or its columns are missing, a figure is impossible, or a histogram does not
+        sum to E.
     """
     table = _read_table(Path(csv_path))
     bins = [name for name in table if name.startswith(_BIN)]
     missing = {"gpqa_max_over_mean", "gpqa_top32_share_pct"} - table.keys()
     if missing or not bins:
         raise InputError(f"{csv_path}: columns {sorted(missing) or [_BIN + '*']} are missing")
-    edges = np.array([[float(edge) for edge in name.split("_")[-2:]] for name in bins])
+    for name in bins:
+        _check_range(csv_path, name, table[name], 0, num_experts)
+    _check_range(csv_path, "gpqa_max_over_mean", table["gpqa_max_over_mean"], 1, num_experts)
+    _check_range(csv_path, "gpqa_top32_share_pct", table["gpqa_top32_share_pct"], 0, 100)
+    try:
+        edges = np.array([[float(edge) for edge in name.split("_")[-2:]] for name in bins])
+    except ValueError:
+        raise InputError(f"{csv_path}: columns {bins} -- {_BIN}<low>_<high>, numbers") from None
     counts = np.stack([table[name] for name in bins], axis=1).astype(np.int64)
     if num_experts <= _TOP or (counts.sum(axis=1) != num_experts).any():
         raise InputError(
@@ -241,12 +251,16 @@ def loadstats_layers(csv_path: Path) -> tuple[int, ...]:
     Raises
     ------
     InputError
-        If the file or the column is missing.
+        If the file or the column is missing, or it does not list layers, ascending.
     """
     table = _read_table(Path(csv_path))
     if "layer" not in table:
         raise InputError(f"{csv_path}: column layer is missing -- the model's layer of each row")
-    return tuple(table["layer"].astype(int).tolist())
+    layers = table["layer"]
+    _check_range(csv_path, "layer", layers, 0, _MOST_LAYERS - 1)
+    if (layers % 1).any() or (np.diff(layers) <= 0).any():
+        raise InputError(f"{csv_path}: layer {layers.tolist()} -- whole numbers, ascending")
+    return tuple(layers.astype(int).tolist())
 
 
 def _read_table(path: Path) -> dict[str, Floats]:
@@ -255,11 +269,24 @@ def _read_table(path: Path) -> dict[str, Floats]:
         raise InputError(f"{path}: no such file -- give a per-layer load statistics CSV")
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        values = np.array(rows, dtype=np.float64)
-        return dict(zip(header, values.T, strict=True))
-    except ValueError as error:
-        raise InputError(f"{path}: not a table of numbers -- {error}") from error
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
+        if not rows:
+            raise ValueError("no rows")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+        return dict(zip(header, np.array(rows, dtype=np.float64).T, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise InputError(
+            f"{path}: not a table of numbers ({error}) -- a header, then a row per MoE layer; was "
+            "it cut off?"
+        ) from error
+
+
+def _check_range(path: Path, name: str, values: Floats, low: float, high: float) -> None:
+    wrong = values[~((values >= low) & (values <= high))]  # NaN too
+    if len(wrong):
+        raise InputError(f"{path}: {name} {wrong[0]:g} -- from {low:g} to {high:g}")
 
 
 def _layer_loads(counts: NDArray[np.int64], largest: float, top: float, edges: Floats) -> Floats:
@@ -321,6 +348,8 @@ def _check_shares(shares: NDArray[Any]) -> None:
 
 def _check_draw(shares: Floats, tokens: int, requests: int, top_k: int, reuse: float) -> None:
     _check_shares(shares)
+    if top_k < 1:
+        raise InputError(f"top_k {top_k} -- at least 1")
     if not 1 <= requests <= tokens:
         raise InputError(f"requests {requests} -- must be between 1 and tokens ({tokens})")
     if shares.max() * top_k >= 1:

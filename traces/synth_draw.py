@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
+from scipy.special import ndtri
 
 from basis.errors import InputError
 from traces.routing_trace import RoutingTrace, TraceWriter
 from traces.synth_model import Process, SynthFit
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 CHUNK_ROWS = 16384
 _PIECE_CELLS = 2**22  # scores drawn at a time: 16 MiB
+_TOPICS = 16  # requests whose topics are drawn together, even and odd ones apart
 _DOMAINS = ("synthetic",)
 
 
@@ -105,37 +108,69 @@ class Sampler:
         self._shape = (fit.meta.num_layers, fit.meta.num_experts)
         self._means = fit.means.astype(np.float32)
         self._loadings = np.concatenate([p.loadings for p in fit.processes], axis=1).T.copy()
-        self._piece = max(_PIECE_CELLS // len(fit.means), 1)
+        self._piece = max(_PIECE_CELLS // fit.means.shape[1], 1)
+        self._drawn: list[tuple[tuple[int, int] | None, list[Floats]]] = [(None, [])] * 2
 
     def request(self, request: int, length: int, seed: int) -> Iterator[NDArray[np.uint16]]:
         """Draw a request's experts, ``[n, L, K]`` at a time."""
         rng = np.random.default_rng([seed, request])
+        *lasting, preference = self._topics(request, seed)
         paths = [_Path(process, rng) for process in self._fit.processes]
         for path in paths:
             if path.constant:
-                path.restart(*_topic(request, seed))
+                path.states = [lasting.pop(0).astype(np.float32) for _ in range(2)]
+        kinds = self._kinds(length, preference, rng)
         for start in range(0, length, self._piece):
             count = min(self._piece, length - start)
             parts = [path.step(count) for path in paths]
             factors = np.concatenate([factor for factor, _ in parts], axis=1)
             scores = factors @ self._loadings
-            for _, own in parts:
-                scores += own
-            yield self._best(scores)
+            for _, own_part in parts:
+                scores += own_part
+            yield self._best(scores, kinds[start : start + count])
 
-    def independent(self, count: int, rng: np.random.Generator) -> NDArray[np.uint16]:
-        """Draw tokens that have nothing to do with each other: ``[count, L, K]``.
+    def _kinds(self, length: int, preference: Floats, rng: np.random.Generator) -> Ints:
+        """Return rows of the means ``[length]``: the first tokens' own ones, then a walk."""
+        kinds = self._fit.kinds
+        first = np.arange(len(kinds.share), len(self._means))[:length]
+        return np.concatenate([first, kinds.walk(length - len(first), preference, rng)])
+
+    def _topics(self, request: int, seed: int) -> list[Floats]:
+        """Return what a request keeps to its end: normals of its scores, preference of kinds.
+
+        `_TOPICS` requests, even and odd ones apart, are drawn together: stratified (a Latin
+        hypercube) and balanced, so that traces scatter less around the generator.
+        """
+        block, place = divmod(request, 2 * _TOPICS)
+        row, half = divmod(place, 2)
+        if self._drawn[half][0] != (seed, block):
+            rng = np.random.default_rng([seed, block, half, 1])
+            self._drawn[half] = (seed, block), self._draw_topics(rng)
+        return [each[row] for each in self._drawn[half][1]]
+
+    def _draw_topics(self, rng: np.random.Generator) -> list[Floats]:
+        kinds = self._fit.kinds
+        lasting = [process for process in self._fit.processes if process.decay == 1]
+        shapes = [kinds.loadings.shape, *(process.loadings.shape for process in lasting)]
+        sizes = [size for own, common in shapes for size in (common, own)]
+        strata = np.tile(np.arange(_TOPICS)[:, None], sum(sizes))
+        uniform = (rng.permuted(strata, axis=0) + rng.random(strata.shape)) / _TOPICS
+        common, own, *states = np.split(ndtri(uniform), np.cumsum(sizes)[:-1], axis=1)
+        return [*states, kinds.balanced(kinds.preferences(common, own))]
+
+    def independent(self, kinds: Ints, rng: np.random.Generator) -> NDArray[np.uint16]:
+        """Draw tokens of these kinds ``[n]`` that have nothing else in common: ``[n, L, K]``.
 
         Their loads are those of long traces, with less noise.
         """
-        factors = rng.standard_normal((count, len(self._loadings)), dtype=np.float32)
+        factors = rng.standard_normal((len(kinds), len(self._loadings)), dtype=np.float32)
         spread = np.sqrt(sum(process.own for process in self._fit.processes))
-        scores = rng.standard_normal((count, len(self._means)), dtype=np.float32) * spread
+        scores = rng.standard_normal((len(kinds), len(spread)), dtype=np.float32) * spread
         scores += factors @ self._loadings
-        return self._best(scores)
+        return self._best(scores, kinds)
 
-    def _best(self, scores: Singles) -> NDArray[np.uint16]:
-        scores += self._means
+    def _best(self, scores: Singles, kinds: Ints) -> NDArray[np.uint16]:
+        scores += self._means[kinds]
         by_layer = scores.reshape(-1, *self._shape)
         rest = self._shape[1] - self._fit.meta.top_k
         if not rest:
@@ -151,13 +186,11 @@ class _Path:
         self._decay, self._rng = np.float32(process.decay), rng
         self._noise = np.sqrt(1 - self._decay**2)
         self._spread = np.sqrt(process.own)
-        self._ranks = (process.loadings.shape[1], len(process.own))
         self.constant = process.decay == 1
-        self.restart(rng, 1)
-
-    def restart(self, rng: np.random.Generator, sign: int) -> None:
-        """Draw the first states anew, times +1 or -1."""
-        self._states = [sign * rng.standard_normal(r, dtype=np.float32) for r in self._ranks]
+        self.states = [
+            rng.standard_normal(size, dtype=np.float32)
+            for size in (process.loadings.shape[1], len(process.own))
+        ]
 
     def step(self, count: int) -> tuple[Singles, Singles]:
         """Return the factors ``[count, r]`` and the cells' own parts ``[count, D]``."""
@@ -166,7 +199,7 @@ class _Path:
 
     def _walk(self, place: int, count: int) -> Singles:
         """Go on from a state: x(t) = decay x(t-1) + noise, of variance 1 at every token."""
-        state = self._states[place]
+        state = self.states[place]
         if self._decay == 1:
             return np.broadcast_to(state, (count, len(state)))
         new = self._rng.standard_normal((count, len(state)), dtype=np.float32)
@@ -174,19 +207,8 @@ class _Path:
             return new
         taps = np.array([self._noise], np.float32), np.array([1, -self._decay], np.float32)
         path, _ = lfilter(*taps, new, axis=0, zi=(self._decay * state)[None])
-        self._states[place] = path[-1]
+        self.states[place] = path[-1]
         return path
-
-
-def _topic(request: int, seed: int) -> tuple[np.random.Generator, int]:
-    """Return where a request's constant states come from, and their sign.
-
-    Requests i and i + 2 of every four have opposite ones, so that a trace of some hundred requests
-    has the fitted loads; even and odd requests, and early and late ones, do not depend on each
-    other.
-    """
-    four, place = divmod(request, 4)
-    return np.random.default_rng([seed, four, place % 2, 1]), 1 - 2 * (place // 2)
 
 
 def _rows(

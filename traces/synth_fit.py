@@ -1,9 +1,9 @@
 """Fits the generator of `traces.synth_model` to a trace, by moments.
 
-The covariance of the scores at the same token gives common factors; the covariances at all lags say
-how much of each factor changes slowly or quickly along a request. Then traces are drawn, and what
-outlasts a token is strengthened until the reuse of every layer is that of the trace; the means are
-moved until the loads are.
+Kinds of tokens come first. What they leave of the covariance of the scores at the same token gives
+common factors; the covariances at all lags say how much of each factor changes slowly or quickly
+along a request. Then traces are drawn, and what outlasts a token is strengthened until the reuse of
+every layer is that of the trace; the means are moved until the loads of every kind are.
 """
 
 from collections.abc import Callable
@@ -28,25 +28,34 @@ from traces.synth_moments import LAGS, Moments, moments
 
 Floats = NDArray[np.float64]
 NAMES = ("request", "slow", "quick", "token")
+KINDS = 40
+"""Of tokens, at most; of 1, 40, 64, 96 and 128 tried on even requests of gpt-oss-20b."""
+TOKENS_OF_KIND = 300
+"""Of the trace, at least, on average."""
+CELLS_OF_KIND = 16
+"""Cells for each kind, at least: few cannot tell many kinds apart."""
 RANK = 24
-"""Common factors, at most; of 8 to 48 tried on even requests of gpt-oss-20b."""
+"""Common factors, at most; of 24 to 64 tried on the same."""
 QUICK = 0.5
 """Decay of the quick process; of 0.4 to 0.6 tried on the same."""
-_REUSE_LAGS = (1, 16, 60)  # at the last one quick and slow processes have faded
-_ROUNDS = 6
+_REUSE_LAGS = (1, 16)  # at the second one the quick process has faded
 _LEAST_REUSE = 0.01
-_MOST_GAIN = 2.0  # in a round
+_MOST_GAIN = 2.5  # in a round
+_EAGER = (3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0, 1.5, 1.0, 1.0)
+"""Exponents of the rounds' gains: first above 1, for a part of the reuse is the kinds' and does not
+grow; then falling, for each round's trace scatters. Chosen on the same."""
 _SLOW = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99)
 _SWEEPS = 4  # of principal factors
 _MOST = 0.95  # of a cell's variance in factors, of the rest in what outlasts a token
 _LEAST_WEIGHT = 0.05  # as of an expert that 2 % of the tokens use
-_LEAST_TOKENS = 20_000  # drawn in each round
-_LOAD_CELLS = 2**25  # scores drawn for one correction of the loads
+_LEAST_TOKENS = 60_000  # drawn in each round
+_LOAD_CELLS = 2**25  # scores drawn for one correction of the loads, about
+_LEAST_OF_KIND = 256  # tokens drawn for it
 _LOAD_RATES = (1.0, 1.0, 0.5, 0.33, 0.25, 0.2)
 _QUANTILES = 101
 
 
-def fit_trace(trace: RoutingTrace, *, seed: int = 0) -> SynthFit:
+def fit_trace(trace: RoutingTrace, *, kinds: int = KINDS, seed: int = 0) -> SynthFit:
     """Fit a generator to a trace.
 
     Parameters
@@ -55,25 +64,31 @@ def fit_trace(trace: RoutingTrace, *, seed: int = 0) -> SynthFit:
         At most `traces.synth_moments.MAX_CELLS` (layer, expert) pairs, and at least two requests
         of `traces.synth_moments.FAR_LENGTH` tokens. Seconds to minutes: time grows with tokens
         times cells squared.
+    kinds : int
+        Of tokens, from 1; fewer where there are not `TOKENS_OF_KIND` tokens and
+        `CELLS_OF_KIND` cells for each.
     seed : int
-        Of the traces that are drawn to correct the fit.
+        Of the clusters, and of the traces that are drawn to correct the fit.
 
     Raises
     ------
     InputError
         If the trace is too large or too short.
     """
-    target = moments(trace)
+    cells = trace.num_layers * trace.meta.num_experts
+    most = min(kinds, trace.num_tokens // TOKENS_OF_KIND, cells // CELLS_OF_KIND)
+    target = moments(trace, max(most, 1), seed=seed)
     lengths = np.bincount(request_order(trace))
-    slow = _slow_decay(target)
+    used, slow = np.concatenate([target.used, target.opening]), _slow_decay(target)
     fit = SynthFit(
         meta=_meta(trace.meta, f"fitted to {_described(trace)}"),
-        means=_first_means(target.used),
-        processes=_processes(target.latent, slow, target.used),
+        kinds=target.kinds,
+        means=_first_means(used),
+        processes=_processes(target, slow),
         lengths=np.quantile(lengths, np.linspace(0, 1, _QUANTILES)),
         prompt_share=float(np.mean(~trace.decode)),
     )
-    return _with_reuse(fit, trace, target.used, lengths, seed)
+    return _with_reuse(fit, trace, used, lengths, seed)
 
 
 def _with_reuse(
@@ -83,22 +98,24 @@ def _with_reuse(
     wanted, layers = _reuse_by_speed(trace), trace.num_layers
     repeated = np.tile(lengths, -(-_LEAST_TOKENS // trace.num_tokens))
     fit = match_loads(fit, used, seed=seed)
-    for round_ in range(_ROUNDS):
+    for round_, eager in enumerate(_EAGER):
         drawn = _reuse_by_speed(draw_trace(fit, repeated, seed=seed + 1 + round_))
         ratio = np.maximum(wanted, _LEAST_REUSE) / np.maximum(drawn, _LEAST_REUSE)
-        gains = np.concatenate([np.clip(ratio, 1 / _MOST_GAIN, _MOST_GAIN), np.ones((1, layers))])
-        fit = _strengthened(fit, np.repeat(gains, len(used) // layers, axis=1))
+        gains = np.clip(ratio**eager, 1 / _MOST_GAIN, _MOST_GAIN)
+        lasting, quick = gains
+        gains = np.stack([lasting, np.ones(layers), quick, np.ones(layers)])  # as `NAMES`
+        fit = _strengthened(fit, np.repeat(gains, used.shape[1] // layers, axis=1))
         fit = match_loads(fit, used, seed=seed + 1 + round_)
     return fit
 
 
 def _reuse_by_speed(trace: RoutingTrace) -> Floats:
-    """Return ``[3, L]``: reuse above chance that lasts, that is lost slowly, and quickly."""
+    """Return ``[2, L]``: reuse above chance that outlasts `_REUSE_LAGS`, and that is lost there."""
     measured = Reuse(About.of(trace), lags=_REUSE_LAGS)
     measure(trace, [measured])
     found = measured.result()
-    quick, slow, long = found.observed - found.independent
-    return np.stack([long, slow - long, quick - slow])
+    near, far = found.observed - found.independent
+    return np.stack([far, near - far])
 
 
 def _strengthened(fit: SynthFit, gains: Floats) -> SynthFit:
@@ -143,7 +160,8 @@ def _first_means(used: Floats) -> Floats:
 
 def _slow_decay(target: Moments) -> float:
     """Choose the decay that fits the average cell's autocorrelation best (least squares)."""
-    curve = np.einsum("hdd,d->h", target.latent[1:], target.used) / target.used.sum()
+    used = target.kinds.share @ target.used
+    curve = np.einsum("hdd,d->h", target.latent[1:], used) / used.sum()
     return min((nnls(_design(slow), curve)[1], slow) for slow in _SLOW)[1]
 
 
@@ -153,10 +171,12 @@ def _design(slow: float) -> Floats:
     return np.array([1.0, slow, QUICK]) ** lags
 
 
-def _processes(latent: Floats, slow: float, used: Floats) -> tuple[Process, ...]:
+def _processes(target: Moments, slow: float) -> tuple[Process, ...]:
     """Find common factors at the same token, and split them over the processes by the lags."""
+    latent = target.latent
     # by how much the use of a cell changes with its score: rare cells' correlations are noise
-    weight = np.maximum(norm.pdf(ndtri(np.clip(used, 1e-6, 1 - 1e-6))), _LEAST_WEIGHT)
+    slope = norm.pdf(ndtri(np.clip(target.used, 1e-6, 1 - 1e-6)))
+    weight = np.maximum(np.sqrt(target.kinds.share @ np.square(slope)), _LEAST_WEIGHT)
     weighted = _factors(latent[0] * weight * weight[:, None], _MOST * weight**2, RANK)
     loadings = weighted / weight[:, None]
     unmix = np.linalg.pinv(weighted) * weight
@@ -225,26 +245,38 @@ def match_loads(fit: SynthFit, used: Floats, *, seed: int) -> SynthFit:
     Parameters
     ----------
     fit : SynthFit
-    used : float array ``[D]``
-        Share of the tokens that use a cell, below 1; every layer sums to top-k.
+    used : float array ``[M + P, D]`` or ``[1, D]``
+        Share of the tokens of each kind, and of each of the first P of a request, that use a cell;
+        or of all tokens, of a generator with P = 0. Below 1; every layer sums to top-k.
     seed : int
     """
-    rng = np.random.default_rng([seed, len(used)])
-    means, ever = fit.means.copy(), used > 0
-    tokens = min(max(_LOAD_CELLS // len(used), 4096), 50_000)
-    low = 0.5 / tokens
+    rng = np.random.default_rng([seed, used.shape[1]])
+    means, share = fit.means.copy(), fit.kinds.share
+    tokens = min(max(_LOAD_CELLS // used.shape[1], 4096), 50_000)
+    counts = np.full(len(means), _LEAST_OF_KIND)
+    counts[: len(share)] = np.maximum(np.round(tokens * share), _LEAST_OF_KIND)
+    together = len(used) == 1
+    low = 0.5 / (counts.sum() if together else counts[:, None])
     goal = ndtri(np.clip(used, low, 1 - low))
     for rate in _LOAD_RATES:
         sampler = Sampler(replace(fit, means=means))
-        drawn = _used(sampler, tokens, rng, fit.meta.num_experts)
-        means[ever] += rate * (goal - ndtri(np.clip(drawn, low, 1 - low)))[ever]
+        drawn = np.stack(
+            [
+                _used(sampler, np.full(count, kind), rng, fit.meta.num_experts)
+                for kind, count in enumerate(counts.tolist())
+            ]
+        )
+        if together:
+            drawn = share[None] @ drawn
+        means += rate * np.where(used > 0, goal - ndtri(np.clip(drawn, low, 1 - low)), 0)
     return replace(fit, means=means)
 
 
-def _used(sampler: Sampler, tokens: int, rng: np.random.Generator, num_experts: int) -> Floats:
-    """Draw tokens, some at a time, and return the share that uses each cell."""
+def _used(
+    sampler: Sampler, kinds: NDArray[np.int64], rng: np.random.Generator, num_experts: int
+) -> Floats:
+    """Draw tokens, some at a time, and return the share ``[D]`` that uses each cell."""
     total: Any = 0
-    sizes = [len(part) for part in np.array_split(np.empty(tokens), max(tokens // 2048, 1))]
-    for size in sizes:
-        total = total + expert_counts(sampler.independent(size, rng), num_experts)
-    return np.asarray(total).reshape(-1) / tokens
+    for part in np.array_split(kinds, max(len(kinds) // 2048, 1)):
+        total = total + expert_counts(sampler.independent(part, rng), num_experts)
+    return np.asarray(total).reshape(-1) / len(kinds)

@@ -1,9 +1,10 @@
 """A generator for a model of which only the loads are known.
 
 How strong the processes are, how fast they change and how many factors they have is taken from the
-generator of another model, or assumed (`ASSUMED`). Which experts go together is not known, so the
-loadings are drawn at random: co-activation and layer-to-layer flow are as strong as in the other
-model, but between arbitrary experts, and the same between far layers as between adjacent ones.
+generator of another model, or assumed (`ASSUMED`); so are the kinds of tokens. Which experts go
+together is not known, so loadings, and what a kind adds to a cell's score, are drawn at random:
+co-activation and layer-to-layer flow are as strong as in the other model, but between arbitrary
+experts, and the same between far layers as between adjacent ones.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from basis.errors import InputError
 from traces.meta import TraceMeta
 from traces.synth_fit import match_loads
+from traces.synth_kinds import ONE_KIND
 from traces.synth_model import NEVER, Process, SynthFit
 
 Floats = NDArray[np.float64]
@@ -50,13 +52,15 @@ _FALLING = 1 / np.arange(1, 25)  # factor j of 24 has a share of the variance li
 _FALLING /= _FALLING.sum()
 
 ASSUMED = (
-    Strength(name="request", decay=1.0, common=0.3, own=0.05, spectrum=_FALLING),
-    Strength(name="slow", decay=0.98, common=0.05, own=0.01, spectrum=_FALLING),
-    Strength(name="quick", decay=0.5, common=0.3, own=0.04, spectrum=_FALLING),
-    Strength(name="token", decay=0.0, common=0.18, own=0.07, spectrum=_FALLING),
+    Strength(name="request", decay=1.0, common=0.21, own=0.04, spectrum=_FALLING),
+    Strength(name="slow", decay=0.99, common=0.09, own=0.01, spectrum=_FALLING),
+    Strength(name="quick", decay=0.5, common=0.31, own=0.05, spectrum=_FALLING),
+    Strength(name="token", decay=0.0, common=0.2, own=0.09, spectrum=_FALLING),
 )
-"""Assumed where there is no other generator: rounded from the fit to gpt-oss-20b on MMLU questions
-(benchmarks/results/synth_fidelity.md), the spectrum made up."""
+"""Assumed where there is no other generator: rounded from the fit with one kind to gpt-oss-20b on
+MMLU questions (benchmarks/results/synth_fidelity.md), the spectrum made up."""
+
+_RARELY = -3.0  # a score that is so low on average is all the same: used by 1 token of 1000
 
 
 def fit_loads(
@@ -83,8 +87,8 @@ def fit_loads(
     known_from : str
         Where the loads are from, for the note in every trace.
     like : SynthFit, optional
-        Generator that lends processes and request lengths; otherwise `ASSUMED`, and requests of
-        one length.
+        Generator that lends processes, kinds and request lengths; otherwise `ASSUMED`, one kind,
+        and requests of one length.
     seed : int
         Of the random loadings.
 
@@ -98,7 +102,11 @@ def fit_loads(
     layers, experts = shares.shape
     rng = np.random.default_rng(seed)
     strengths = [Strength.of(process) for process in like.processes] if like else ASSUMED
-    used = (shares * top_k).reshape(-1)
+    used = (shares * top_k).reshape(1, -1)
+    processes = tuple(_random(strength, layers * experts, rng) for strength in strengths)
+    kinds = like.kinds if like else ONE_KIND
+    apart = _apart(like) if like else 0.0
+    means = apart * rng.standard_normal((len(kinds.share), layers * experts))
     fit = SynthFit(
         meta=TraceMeta(
             model=model, num_experts=experts, top_k=top_k, moe_layer_ids=moe_layer_ids,
@@ -107,12 +115,20 @@ def fit_loads(
             note=f"synthetic: loads of {known_from}; all else from {lent}; which experts go "
             "together is random",
         ),
-        means=np.where(used > 0, 0.0, NEVER),
-        processes=tuple(_random(strength, layers * experts, rng) for strength in strengths),
+        kinds=kinds,
+        means=np.where(used > 0, means, NEVER),
+        processes=processes,
         lengths=like.lengths if like else np.ones(1),
         prompt_share=like.prompt_share if like else 0.0,
     )  # fmt: skip
     return match_loads(fit, used, seed=seed)
+
+
+def _apart(like: SynthFit) -> float:
+    """Return the standard deviation over kinds of an average cell's mean score."""
+    means = np.maximum(like.means, _RARELY)
+    off = means - like.kinds.share @ means
+    return float(np.sqrt((like.kinds.share @ np.square(off)).mean()))
 
 
 def _random(strength: Strength, cells: int, rng: np.random.Generator) -> Process:
@@ -131,7 +147,9 @@ def _random(strength: Strength, cells: int, rng: np.random.Generator) -> Process
 def _check(shares: Floats, top_k: int) -> None:
     if shares.ndim != 2 or not (shares >= 0).all() or not np.allclose(shares.sum(axis=1), 1):
         raise InputError(f"shares {list(shares.shape)} -- [layers, experts], each row sums to 1")
-    if top_k < 1 or shares.max() * top_k >= 1:
+    if top_k < 1:
+        raise InputError(f"top_k {top_k} -- at least 1")
+    if shares.max() * top_k >= 1:
         raise InputError(
             f"largest share {shares.max():.3f}, top_k {top_k} -- with distinct experts a share is "
             "below 1 / top_k"

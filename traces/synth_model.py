@@ -1,31 +1,35 @@
 """A fitted generator of routing traces, and the file that it is kept in.
 
-Every cell d, a (layer, expert) pair, has a latent normal score at token t:
+Every cell d, a (layer, expert) pair, has a latent score at token t, which is of a kind:
 
-    score(t, d) = mean(d) + sum over processes of u(t, d),    variance 1 in all
+    score(t, d) = mean(kind(t), d) + sum over processes of u(t, d)
 
-and a token uses the ``top_k`` experts of each layer with the largest scores. A process changes with
-its own speed: constant in a request, slowly or quickly along it, or new at every token; its
-covariance over the cells is ``loadings loadings' + diag(own)``. Scores have no unit.
+and a token uses the ``top_k`` experts of each layer with the largest scores. The first tokens of
+requests, often a template, are each a kind for itself. Processes are normal,
+with variance 1 in all. Each changes with its own speed: constant in a request, slowly or quickly
+along it, or new at every token; its covariance over the cells is ``loadings loadings' +
+diag(own)``. Scores have no unit.
 
 The file (npz, nothing pickled) holds these few arrays and no token of any trace.
 """
 
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from basis.files import check_file, replacing
+from traces.importers.files import npz_names, read_npz
 from traces.meta import TraceMeta, decode, encode
+from traces.synth_kinds import Kinds
 
 Floats = NDArray[np.float64]
 NEVER = -1e3
 """Mean score of a cell whose load is zero."""
-_MAX_NUMBERS = 2**28  # in one array: 1 GiB of float32
+_MOST_BYTES = 2**32
 _VARIANCE_SLACK = 1e-3
 
 
@@ -59,8 +63,10 @@ class SynthFit:
 
     meta: TraceMeta
     """Of the traces to draw: synthetic, with a note that says from what this was fitted."""
+    kinds: Kinds
     means: Floats
-    """``[D]`` mean score; `NEVER` where the load is zero."""
+    """``[M + P, D]`` mean score of each of M kinds, and of each of the first P tokens of a request;
+    `NEVER` where the load is zero."""
     processes: tuple[Process, ...]
     lengths: Floats
     """``[Q]`` quantiles of the tokens of a request, evenly spaced from 0 to 1."""
@@ -85,10 +91,18 @@ class SynthFit:
             variance += process.common + process.own
         if not np.allclose(variance, 1, atol=_VARIANCE_SLACK):  # NaN is refused as well
             raise InputError("fit: a cell's variances over the processes must sum to 1")
-        if self.means.shape != (cells,) or not np.isfinite(self.means).all():
-            raise InputError(f"fit: means {list(self.means.shape)} -- {cells} finite values")
-        if not len(self.lengths) or not (self.lengths >= 1).all() or not 0 <= self.prompt_share < 1:
-            raise InputError("fit: lengths must be at least 1, the prompt share from 0 to below 1")
+        kinds = len(self.kinds.share)
+        right = self.means.shape == (len(self.means), cells) and len(self.means) >= kinds
+        if not (right and np.isfinite(self.means).all()):
+            raise InputError(
+                f"fit: means {list(self.means.shape)} -- finite values [{kinds} or more, {cells}], "
+                "of kinds (and first tokens) and (layer, expert) pairs"
+            )
+        finite = len(self.lengths) and np.isfinite(self.lengths).all()
+        if not finite or self.lengths.min() < 1 or not 0 <= self.prompt_share < 1:
+            raise InputError(
+                "fit: lengths must be at least 1 and finite, the prompt share from 0 to below 1"
+            )
         if not self.meta.synthetic:
             raise InputError("fit: its traces are synthetic, the metadata must say so")
 
@@ -99,11 +113,8 @@ def save_fit(fit: SynthFit, path: Path) -> None:
     Raises
     ------
     InputError
-        If the folder does not exist.
+        If it cannot be written there; what was there stays.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder -- make it first")
     arrays: dict[str, Any] = {
         "meta": np.frombuffer(encode(fit.meta, ()).encode(), np.uint8),
         "means": fit.means,
@@ -112,9 +123,10 @@ def save_fit(fit: SynthFit, path: Path) -> None:
         "decays": np.array([process.decay for process in fit.processes]),
         "names": np.frombuffer("\n".join(p.name for p in fit.processes).encode(), np.uint8),
     }
+    arrays |= {f"kinds_{each.name}": getattr(fit.kinds, each.name) for each in fields(Kinds)}
     for place, process in enumerate(fit.processes):
         arrays |= {f"loadings_{place}": process.loadings, f"own_{place}": process.own}
-    with path.open("wb") as file:
+    with replacing(Path(path)) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -127,62 +139,47 @@ def load_fit(path: Path) -> SynthFit:
         If the file is missing, not such an npz, damaged, too large or impossible.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file -- moeplan trace synth --save-fit writes one")
+    check_file(path, "what moeplan trace synth --save-fit wrote")
+    found = read_npz(path, npz_names(path), _MOST_BYTES)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _from_archive(archive)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        return _from_arrays(found)
+    except (KeyError, ValueError) as error:
         raise InputError(
-            f"{path}: not a fitted generator ({error}) -- truncated, or another format? write it "
-            "again with moeplan trace synth --save-fit"
+            f"{path}: not a fitted generator ({error}) -- write it again with moeplan trace synth "
+            "--save-fit"
         ) from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _from_archive(archive: zipfile.ZipFile) -> SynthFit:
-    meta, _ = decode(_array(archive, "meta", np.uint8, 1).tobytes())
-    names = _array(archive, "names", np.uint8, 1).tobytes().decode().split("\n")
-    decays = _array(archive, "decays", np.float64, 1)
+def _from_arrays(found: dict[str, NDArray[Any]]) -> SynthFit:
+    def of(name: str, axes: int, dtype: type = np.float64) -> NDArray[Any]:
+        array = found[name]
+        if array.dtype != dtype or array.ndim != axes or not array.size:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}, {axes} axes"
+            )
+        return array
+
+    meta, _ = decode(of("meta", 1, np.uint8).tobytes())
+    names = of("names", 1, np.uint8).tobytes().decode().split("\n")
+    decays = of("decays", 1)
     if len(names) != len(decays):
         raise ValueError(f"{len(names)} names for {len(decays)} decays")
+    axes = {"share": 1, "transitions": 2, "loadings": 2, "own": 1}
     return SynthFit(
         meta=meta,
-        means=_array(archive, "means", np.float64, 1),
+        kinds=Kinds(**{name: of(f"kinds_{name}", count) for name, count in axes.items()}),
+        means=of("means", 2),
         processes=tuple(
             Process(
                 name=name,
                 decay=float(decay),
-                loadings=_array(archive, f"loadings_{place}", np.float32, 2),
-                own=_array(archive, f"own_{place}", np.float32, 1),
+                loadings=of(f"loadings_{place}", 2, np.float32),
+                own=of(f"own_{place}", 1, np.float32),
             )
             for place, (name, decay) in enumerate(zip(names, decays, strict=True))
         ),
-        lengths=_array(archive, "lengths", np.float64, 1),
-        prompt_share=float(_array(archive, "prompt_share", np.float64, 1)[0]),
+        lengths=of("lengths", 1),
+        prompt_share=float(of("prompt_share", 1)[0]),
     )
-
-
-def _array(archive: zipfile.ZipFile, name: str, dtype: type, axes: int) -> NDArray[Any]:
-    """Read one array; its header is compared with the bytes that are there before it is read."""
-    member = archive.getinfo(f"{name}.npy")
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed, so its size cannot be trusted")
-    with archive.open(member) as stream:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError(f"{name}: unknown npy version")
-        shape, by_column, found = np.lib.format.read_array_header_1_0(stream)
-        numbers = int(np.prod(shape, dtype=object))
-        if found != dtype or len(shape) != axes or by_column or not 0 < numbers <= _MAX_NUMBERS:
-            raise ValueError(f"{name} is {found}{list(shape)}, not {np.dtype(dtype)}, {axes} axes")
-        if numbers * found.itemsize != member.file_size - stream.tell():
-            raise ValueError(f"{name} does not hold the bytes that it declares")
-        return np.frombuffer(_exactly(stream, numbers * found.itemsize), dtype).reshape(shape)
-
-
-def _exactly(stream: IO[bytes], size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise ValueError(f"{len(data)} of {size} bytes")
-    return data

@@ -5,7 +5,6 @@ A request lies in one file; requests are numbered 0, 1, ... over all files in th
 so that whatever looks at consecutive tokens has to remember a few rows only. Rows are tokens.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,13 @@ from numpy.typing import NDArray
 from basis.errors import InputError
 from traces.meta import TraceMeta
 from traces.parquet_columns import TraceFile
-from traces.routing_trace import RoutingTrace, iter_trace, read_trace, request_order
+from traces.routing_trace import (
+    RoutingTrace,
+    TooLargeError,
+    iter_trace,
+    read_trace,
+    request_order,
+)
 
 CHUNK_ROWS = 16384
 Ints = NDArray[np.int64]
@@ -134,7 +139,7 @@ def _numbered(file: FileSurvey, rows: int, **columns: bool) -> Iterator[RoutingT
         return
     try:
         whole = read_trace(file.path, **columns)
-    except InputError as error:
+    except TooLargeError as error:
         raise InputError(
             f"{error}; its requests are mixed, so it has to be sorted in memory -- write it "
             "request after request, or in several files"
@@ -182,9 +187,14 @@ def _files(paths: Path | Sequence[Path]) -> list[Path]:
         found = [paths]
     if not found:
         raise InputError(f"{paths}: no .parquet files -- name a folder that holds traces, or files")
-    twice = [(path, count) for path, count in Counter(found).items() if count > 1]
-    if twice:
-        raise InputError(f"{twice[0][0]}: named {twice[0][1]} times -- name each file once")
+    seen: dict[Path, Path] = {}
+    for path in found:
+        if path.is_dir():
+            raise InputError(f"{path}: a folder beside files -- name a folder alone, or its files")
+        real = path.resolve()
+        if real in seen:
+            raise InputError(f"{path}: named twice, before as {seen[real]} -- name each file once")
+        seen[real] = path
     return found
 
 
@@ -211,7 +221,8 @@ def _survey(file: TraceFile) -> FileSurvey:
     rows = sum(lengths.values())
     if not rows:
         raise InputError(
-            f"{file.path}: no row has a request (all ids are -1) -- record request ids"
+            f"{file.path}: no row has a request ({file.num_rows} rows, all ids below 0) -- record "
+            "request ids, from 0"
         )
     return FileSurvey(
         path=file.path,

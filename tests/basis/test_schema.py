@@ -48,6 +48,9 @@ def test_a_far_key_lists_the_known_ones() -> None:
     [
         ("a.yaml", "x: [", "not valid YAML or JSON"),
         ("a.json", "{", "not valid YAML or JSON"),
+        ("a.json", "[" * 100_000, "not valid YAML or JSON"),
+        ("a.yaml", "[" * 10_000, "not valid YAML or JSON"),
+        ("a.yaml", "2024-99-99", "not valid YAML or JSON"),
         ("a.yaml", "- 1", "expected a mapping, got list"),
         ("a.yaml", "", "expected a mapping, got NoneType"),
         ("a.yaml", "!!python/object/apply:os.system [ls]", "not valid YAML or JSON"),

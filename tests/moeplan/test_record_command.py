@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -117,6 +118,44 @@ def test_all_bad_lines_are_named(tmp_path):
     assert "line 1" not in message
 
 
+def test_a_line_that_is_nested_too_deep(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        read_prompts(path, "domain")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("num_local_experts", "x", "not loaded .*num_local_experts"),
+        ("hidden_size", -4, "not loaded .*-4"),
+        ("num_attention_heads", 0, "not loaded .*zero"),
+        ("num_experts_per_tok", 9, "does not run .*out of range"),
+        ("", None, "not loaded .*header"),  # the weights are cut off
+    ],
+)
+def test_damaged_models_are_answered_by_one_message(
+    folder, prompts, tmp_path, setting, value, message
+):
+    broken, out = tmp_path / "broken", tmp_path / "trace.parquet"
+    shutil.copytree(folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | ({setting: value} if setting else {})))
+    if not setting:
+        weights = (broken / "model.safetensors").read_bytes()
+        (broken / "model.safetensors").write_bytes(weights[: len(weights) // 9])
+    with pytest.raises(InputError, match=message):
+        record(options(broken, prompts, out))
+    assert not list(tmp_path.glob("trace*"))
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(folder, prompts, tmp_path, capsys):
+    out = tmp_path / "x[a][red].parquet"
+    record(options(folder, prompts, out))
+    assert f"wrote {out}" in capsys.readouterr().err
+
+
 def test_bad_input_is_answered_by_one_message(folder, prompts, tmp_path):
     out = tmp_path / "trace.parquet"
     empty = tmp_path / "empty.txt"
@@ -125,7 +164,9 @@ def test_bad_input_is_answered_by_one_message(folder, prompts, tmp_path):
         ({"batch": 0}, "--batch 0 -- at least 1"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0 -- at least 1"),
         ({"prompts": empty}, "no prompts"),
-        ({"prompts": tmp_path / "none"}, "not readable"),
+        ({"prompts": tmp_path / "none"}, r"not readable .*No such file.* -- give a file"),
+        ({"prompts": tmp_path}, r"not readable .*directory.* -- give a file"),
+        ({"out": prompts}, "same file"),
         ({"out": tmp_path / "none" / "a.parquet"}, "no such folder"),
         ({"model": str(tmp_path)}, "not loaded"),
         ({"candidates": 2}, "allowed are 3"),

@@ -78,6 +78,13 @@ def test_loads_of_a_table(recorded: Path, tmp_path: Path) -> None:
         (["--like", "a", "--out", "x", "--tokens", 5, "--requests", 6], "--tokens 5"),
         (["--loads", "a", "--save-fit", "x"], "--loads without --num-experts"),
         (["--like", "a", "--top-k", 3, "--save-fit", "x"], "only with --loads"),
+        (["--like", "a", "--model", "b", "--save-fit", "x"], "--model -- only with --loads"),
+        (["--fit", "a", "--tokens", 5, "--requests", 2, "--save-fit", "x"], "without --out"),
+        (["--like", "a", "--out", "x", "--tokens", 9, "--requests", -1], "^--requests -1 -- at"),
+        (["--like", "a", "--out", "x", "--tokens", 9, "--requests", 0], "^--requests 0 -- at"),
+        (["--fit", "a", "--out", "z", "--tokens", 9, "--save-fit", "z"], "z: named twice"),
+        (["--like", "a", "--out", ".", "--tokens", 9], ".: a folder -- name a file"),
+        (["--like", ".", "--out", "x", "--tokens", 9], ".: a folder -- give a trace"),
         (["--like", "a", "--save-fit", "absent/x", "--seed", -1], "--seed -1.*no such folder"),
         (["--fit", "absent.npz", "--save-fit", "x"], "absent.npz: no such file"),
         (["--like", "absent.parquet", "--save-fit", "x"], "absent.parquet: no such file"),
@@ -90,3 +97,22 @@ def test_what_cannot_be_asked(
     with pytest.raises(InputError, match=message):
         run(*words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--like", "a", "--out", "a", "--tokens", 9],
+        ["--like", "a", "--save-fit", "./a"],
+        ["--fit", "a", "--out", "a", "--tokens", 9],
+        ["--loads", "a", "--num-experts", 4, "--top-k", 2, "--save-fit", "a"],
+    ],
+)
+def test_no_input_is_overwritten(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(InputError, match=r"^a: source and target are the same file"):
+        run(*words)
+    assert (tmp_path / "a").read_text() == "before"

@@ -13,6 +13,9 @@ from moeplan.trace_report import render_statistics
 from moeplan.trace_statistics import find_statistics
 from traces.convert import write_npz
 from traces.counts_trace import CountsTrace, write_counts
+from traces.measures import coactivation
+from traces.measures.base import About
+from traces.measures.sample import chosen_requests
 from traces.routing_trace import write_trace
 from traces.synth import synthetic_trace, zipf_shares
 
@@ -65,15 +68,20 @@ def test_each_answer_holds_the_figure_of_its_measure(skewed):
     assert float(re.search(r"[\d.]+", enough.figure)[0]) == pytest.approx(100 * error, abs=0.06)
 
 
-def test_a_single_request_is_not_enough_and_says_what_is_missing(tmp_path):
+def test_a_single_request_is_not_enough_and_says_what_is_missing(tmp_path, capsys):
     one = trace_of(1.0, tokens=60, requests=1)
     write_trace(one, tmp_path / "one.parquet")
     found = find_statistics([tmp_path / "one.parquet"])
     *_, predictable, enough = answers(found)
     assert (predictable.word, enough.word) == ("unknown", "unknown")
     assert "held-out scores" in enough.so
+    assert enough.so.startswith("one request cannot tell how far requests differ: record several")
     json.dumps(found.to_dict(), allow_nan=False)
     assert "not known" in render_statistics(found, answers(found))
+    assert main(["trace", "stats", str(tmp_path / "one.parquet")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"placement by load +│ no +│ not known", text)
+    assert not re.search(r"\bnan\b", text)
 
 
 def test_a_folder_is_one_data_set(folder, skewed):
@@ -160,3 +168,51 @@ def test_files_of_two_models_are_refused(folder, tmp_path, capsys):
     files = [str(folder / "even.parquet"), str(tmp_path / "o.parquet")]
     assert main(["trace", "stats", *files]) == 2
     assert "one model" in capsys.readouterr().err
+
+
+def test_a_sample_without_decode_rows_is_played_whole(tmp_path):
+    trace = trace_of(0.1, tokens=201_000, requests=201, experts=4, top_k=1)
+    left_out = np.flatnonzero(~chosen_requests(About.of(trace)))
+    write_trace(replace(trace, decode=np.isin(trace.request_id, left_out)), tmp_path / "t.parquet")
+    found = find_statistics([tmp_path / "t.parquet"])
+    assert found.support.decode_tokens == 1000
+    assert {found.balance.phase, *(curve.phase for curve in found.caches)} == {"any"}
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    trace = trace_of(1.0, tokens=60, requests=3)
+    named = replace(trace, meta=replace(trace.meta, model="gpt[/red] [bold]x"))
+    write_trace(named, tmp_path / "t.parquet")
+    assert main(["trace", "stats", str(tmp_path / "t.parquet")]) == 0
+    assert "gpt[/red] [bold]x: 60 tokens" in capsys.readouterr().out
+    counts = CountsTrace(model="gpt[/red]", moe_layer_ids=(1,), counts=np.array([[[1, 2, 3, 6]]]))
+    write_counts(counts, tmp_path / "c.parquet")
+    assert main(["trace", "stats", str(tmp_path / "c.parquet")]) == 0
+    assert "gpt[/red]: counts only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("experts", "exponent", "word", "so"),
+    [(1, 0.0, "no", "little"), (7, 0.0, "no", "little"), (7, 1.5, "yes", "something")],
+)
+def test_what_follows_fits_the_answer_where_no_ranks_divide(experts, exponent, word, so, tmp_path):
+    trace = trace_of(exponent, experts=experts, top_k=1) if experts > 1 else single_expert()
+    write_trace(trace, tmp_path / "t.parquet")
+    skew = answers(find_statistics([tmp_path / "t.parquet"]))[0]
+    assert (skew.word, skew.so) == (word, f"a placement by load has {so} to even out")
+
+
+def single_expert():
+    trace = trace_of(0.0, experts=2, top_k=1)
+    meta = replace(trace.meta, num_experts=1)
+    return replace(trace, meta=meta, experts=np.zeros_like(trace.experts))
+
+
+def test_pairs_of_too_many_experts_are_left_out(folder, skewed, monkeypatch, capsys):
+    monkeypatch.setattr(coactivation, "MAX_BYTES", 1000)
+    found = find_statistics([folder / "skewed.parquet"])
+    assert "pairs of 16 experts in 4 layers take" in render_statistics(found, answers(found))
+    assert found.to_dict()["coactivation"]["skipped"]
+    assert main(["trace", "stats", str(folder / "skewed.parquet")]) == 0
+    assert re.search("pairs unlike independent +│ +not known", capsys.readouterr().out)
+    assert "pairs of 16 experts" not in render_statistics(skewed, answers(skewed))

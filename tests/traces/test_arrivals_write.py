@@ -227,3 +227,22 @@ def _arrivals(
         source="test",
         blocks=blocks,
     )
+
+
+def test_targets_that_are_there(tmp_path: Path) -> None:
+    source, folder, second = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    source.write_text(MOONCAKE)
+    folder.mkdir()
+    second.hardlink_to(source)
+    with pytest.raises(InputError, match=r"b\.jsonl: a folder -- name a file"):
+        convert_workload(source, folder)
+    with pytest.raises(InputError, match=r"c\.jsonl: source and target are the same file"):
+        convert_workload(source, second)
+    assert set(tmp_path.iterdir()) == {source, folder, second}
+    assert source.read_text() == MOONCAKE
+
+
+def test_what_is_wrong_with_a_source_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="header 'a,b' -- known are"):
+        convert_workload(tmp_path / "bad.csv", tmp_path / "out.csv")

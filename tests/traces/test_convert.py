@@ -13,7 +13,7 @@ import pytest
 
 from basis.errors import InputError
 from traces.convert import convert, read_jsonl, read_npz, write_jsonl, write_npz
-from traces.routing_trace import RoutingTrace, read_trace, write_trace
+from traces.routing_trace import RoutingTrace, TraceWarning, read_trace, write_trace
 
 Make = Callable[..., RoutingTrace]
 
@@ -94,9 +94,33 @@ def refuse(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
 def test_wrong_members(arrays: dict[str, Any], tmp_path: Path) -> None:
     refuse(tmp_path, {k: v for k, v in arrays.items() if k != "step"}, r"missing \['step'\]")
     refuse(tmp_path, arrays | {"more": np.zeros(3)}, r"unknown \['more'\]")
-    refuse(tmp_path, arrays | {"meta": np.zeros(3)}, "the text meta")
+    refuse(tmp_path, arrays | {"meta": np.zeros(3)}, r"meta is float64\[3\] -- one text")
+    refuse(tmp_path, arrays | {"meta": np.array(b"{}")}, r"meta is \|S2\[\] -- one text")
+    no_text = np.array([0x7FFFFFFF], np.int32).view("<U1").reshape(())
+    refuse(tmp_path, arrays | {"meta": no_text}, "bad.npz: 'utf-32-le' codec can't decode")
     refuse(tmp_path, arrays | {"meta": np.array("{}")}, "trace metadata: missing")
     refuse(tmp_path, arrays | {"step": arrays["step"].astype(float)}, "step is float64")
+    refuse(tmp_path, arrays | {"request_id": np.array(3, np.int32)}, r"request_id is int32\[\]")
+    none = {name: a if name == "meta" else a[:0] for name, a in arrays.items()}
+    refuse(tmp_path, none, r"no row has a request \(0 rows\)")
+
+
+def test_rows_without_a_request_are_left_out(arrays: dict[str, Any], tmp_path: Path) -> None:
+    arrays["request_id"][:3] = -1
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.warns(TraceWarning, match="3 of 20 rows have no request"):
+        trace = read_npz(tmp_path / "a.npz")
+    assert np.array_equal(trace.experts, arrays["experts"][3:])
+    lines = [json.loads(line) for line in _jsonl_of(trace, tmp_path)]
+    lines[1]["request_id"] = -1
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.warns(TraceWarning, match="1 of 17 rows have no request"):
+        assert np.array_equal(read_jsonl(tmp_path / "b.jsonl").experts, trace.experts[1:])
+
+
+def _jsonl_of(trace: RoutingTrace, folder: Path) -> list[str]:
+    write_jsonl(trace, folder / "a.jsonl")
+    return (folder / "a.jsonl").read_text().splitlines()
 
 
 def test_bad_cells(arrays: dict[str, Any], tmp_path: Path) -> None:
@@ -108,7 +132,7 @@ def test_bad_cells(arrays: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_nothing_is_unpickled(arrays: dict[str, Any], tmp_path: Path) -> None:
-    refuse(tmp_path, arrays | {"step": np.array([{"a": 1}], object)}, "not a readable npz")
+    refuse(tmp_path, arrays | {"step": np.array([{"a": 1}], object)}, "holds pickled objects")
 
 
 def test_truncated_npz(arrays: dict[str, Any], tmp_path: Path) -> None:
@@ -116,6 +140,47 @@ def test_truncated_npz(arrays: dict[str, Any], tmp_path: Path) -> None:
     path.write_bytes((tmp_path / "good.npz").read_bytes()[:-300])
     with pytest.raises(InputError, match="not a readable npz"):
         read_npz(path)
+
+
+def test_archives_that_python_does_not_read(arrays: dict[str, Any], tmp_path: Path) -> None:
+    good, path = (tmp_path / "good.npz").read_bytes(), tmp_path / "bad.npz"
+    entry = good.index(b"PK\x01\x02")
+    for at, flag in ((entry + 8, 1), (entry + 10, 99)):  # encrypted; of no known compression
+        path.write_bytes(good[:at] + bytes([flag]) + good[at + 1 :])
+        with pytest.raises(InputError, match=r"bad\.npz: not a readable npz"):
+            read_npz(path)
+    for cut in (b"{'descr': '<f4', 'shape': (((((", b"(" * 5000):
+        data = b"\x93NUMPY\x01\x00" + len(cut).to_bytes(2, "little") + cut
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("meta.npy", data)
+        with pytest.raises(InputError, match=r"bad\.npz: meta\.npy: no npy array"):
+            read_npz(path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".jsonl", ".parquet"])
+def test_a_target_that_cannot_be_written_changes_nothing(
+    tmp_path: Path, make_trace: Make, suffix: str, request: pytest.FixtureRequest
+) -> None:
+    source, target = tmp_path / "a.parquet", tmp_path / f"keep{suffix}"
+    write_trace(make_trace(lengths=(400, 300)), source)
+    target.write_text("before")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(InputError, match=rf"keep\{suffix}: not written \(File too large\)"):
+        convert(source, target)
+    assert target.read_text() == "before"
+    assert set(tmp_path.iterdir()) == {source, target}
+
+
+def test_a_folder_or_a_second_name_is_no_target(make_trace: Make, tmp_path: Path) -> None:
+    source, folder, second = tmp_path / "a.parquet", tmp_path / "e.parquet", tmp_path / "b.parquet"
+    write_trace(make_trace(), source)
+    folder.mkdir()
+    second.hardlink_to(source)
+    with pytest.raises(InputError, match=r"e\.parquet: a folder -- name a file"):
+        convert(source, folder)
+    with pytest.raises(InputError, match=r"b\.parquet: source and target are the same file"):
+        convert(source, second)
+    assert set(tmp_path.iterdir()) == {source, folder, second}
 
 
 def test_a_header_that_declares_ten_gigabytes(arrays: dict[str, Any], tmp_path: Path) -> None:
@@ -127,7 +192,7 @@ def test_a_header_that_declares_ten_gigabytes(arrays: dict[str, Any], tmp_path: 
     np.savez(path, **{k: v for k, v in arrays.items() if k != "experts"})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("experts.npy", header.getvalue() + bytes(1000))
-    with pytest.raises(InputError, match=r"experts.npy does not hold the bytes that it declares"):
+    with pytest.raises(InputError, match=r"experts.npy: its header declares 10000000000 bytes"):
         read_npz(path)
 
 

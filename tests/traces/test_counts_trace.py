@@ -94,6 +94,20 @@ def test_no_folder(tmp_path: Path) -> None:
         write_counts(make(), tmp_path / "absent" / "c.parquet")
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
+    target, folder = tmp_path / "c.parquet", tmp_path / "folder"
+    target.write_text("before")
+    folder.mkdir()
+    with pytest.raises(InputError, match="folder: a folder -- name a file"):
+        write_counts(make(), folder)
+    large = np.random.default_rng(0).integers(0, 2**60, (50, 3, 4))
+    with pytest.raises(InputError, match=r"c\.parquet: not written \(File too large\)"):
+        write_counts(make(large), target)
+    assert target.read_text() == "before"
+    assert set(tmp_path.iterdir()) == {target, folder}
+
+
 def test_what_is_a_file_of_counts(tmp_path: Path) -> None:
     write_counts(make(), tmp_path / "c.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")

@@ -158,6 +158,7 @@ def test_impossible_metadata(changes: dict[str, Any], message: str) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "expected a mapping"),
         ('{"model": "m"}', r"missing \['moe_layer_ids', 'num_experts', 'schema', 'top_k'\]"),
         ('{"licens": 1}', r"unknown \['licens'\]"),
@@ -256,6 +257,12 @@ def test_wrong_columns_are_listed_together(trace_path: Path) -> None:
 
     rewrite(trace_path, change)
     refused(trace_path, "column position is int64, must be int32; column step is missing")
+
+
+@pytest.mark.parametrize("name", ["position", "experts"])
+def test_a_column_that_is_there_twice(trace_path: Path, name: str) -> None:
+    rewrite(trace_path, lambda table: table.append_column(table.schema.field(name), table[name]))
+    refused(trace_path, f"column {name} is there twice")
 
 
 def test_list_size_against_metadata(trace_path: Path) -> None:
@@ -411,6 +418,7 @@ def test_transport_file(make_trace: Make, tmp_path: Path) -> None:
         ({"moe.num_layers": "4"}, r"moe.num_layers 4, but moe.moe_layer_ids \[0, 4, 5\]"),
         ({"moe.top_k": "two"}, "not readable"),
         ({"moe.moe_layer_ids": "7"}, "not readable"),
+        ({"moe.moe_layer_ids": "[" * 100_000}, "not readable"),
         ({"moe.num_experts": "1"}, "top_k 2 -- at most num_experts 1"),
     ],
 )
@@ -428,6 +436,15 @@ def test_unknown_phase(make_trace: Make, tmp_path: Path) -> None:
     phases = pa.array(["verify"] * table.num_rows)
     pq.write_table(table.set_column(2, "phase", phases), path)
     refused(path, "phase 'verify' -- prefill or decode")
+
+
+@pytest.mark.parametrize("column", ["phase", "domain"])
+def test_text_that_is_not_utf8(make_trace: Make, tmp_path: Path, column: str) -> None:
+    path = tmp_path / "transport.parquet"
+    table = transport_table(make_trace())
+    texts = pa.array([b"\xff"] * table.num_rows, pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, texts), path)
+    refused(path, "damaged.*utf-8")
 
 
 def model(**changes: Any) -> ModelSpec:

@@ -12,6 +12,7 @@ from basis.errors import InputError
 from traces.counts import expert_counts
 from traces.routing_trace import read_trace, write_trace
 from traces.synth import (
+    loadstats_layers,
     shares_from_loadstats,
     synthetic_step_counts,
     synthetic_trace,
@@ -90,6 +91,7 @@ def test_synthetic_loads_come_out(tmp_path: Path) -> None:
         (np.array([[1.2, -0.2]]), {}, "each row sums to 1"),
         (np.array([0.5, 0.5]), {}, "each row sums to 1"),
         (np.full((1, 4), 0.25), {"requests": 11}, "requests 11 -- must be between 1 and tokens"),
+        (np.full((1, 4), 0.25), {"top_k": 0}, "top_k 0 -- at least 1"),
     ],
 )
 def test_impossible_shares(shares: np.ndarray, changes: dict[str, int], message: str) -> None:
@@ -125,7 +127,13 @@ def test_loadstats_of_a_small_file(tmp_path: Path) -> None:
         ("layer,x\n1,2\n", "gpqa_max_over_mean.*are missing"),
         ("", "not a table of numbers"),
         (f"{HEADER}\n0,5.0,a,50,8,6\n", "not a table of numbers"),
-        (f"{HEADER}\n0,5.0,67\n0,5.0,67.0,50,8,6\n", "not a table of numbers"),
+        (f"{HEADER}\n0,5.0,67\n0,5.0,67.0,50,8,6\n", "row 1 has 3 cells, the header 6"),
+        (f"{HEADER}\n0,5.0,67\n", "row 1 has 3 cells, the header 6.*cut off"),
+        (f"{HEADER}\n", r"not a table of numbers \(no rows\)"),
+        (f"{HEADER}\n0,nan,67.0,50,8,6\n", "gpqa_max_over_mean nan -- from 1 to 64"),
+        (f"{HEADER}\n0,5.0,670,50,8,6\n", "gpqa_top32_share_pct 670 -- from 0 to 100"),
+        (f"{HEADER}\n0,5.0,67.0,72,-8,0\n", "in_0.01_2.0 72 -- from 0 to 64"),
+        (f"{HEADER}_x\n0,5.0,67.0,50,8,6\n", "in_<low>_<high>, numbers"),
         (f"{HEADER}\n0,5.0,67.0,50,8,5\n", r"histograms sum to \[63\] -- must be num_experts"),
     ],
 )
@@ -136,6 +144,16 @@ def test_bad_loadstats(tmp_path: Path, text: str, message: str) -> None:
         shares_from_loadstats(path, 64, seed=0)
     with pytest.raises(InputError, match="no such file"):
         shares_from_loadstats(tmp_path / "absent.csv", 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    "layers", [("3", "3"), ("4", "3"), ("0", "1.5"), ("nan", "1"), ("-1", "1")]
+)
+def test_bad_layers_of_loadstats(tmp_path: Path, layers: tuple[str, str]) -> None:
+    path = tmp_path / "stats.csv"
+    path.write_text("layer,x\n" + "".join(f"{layer},1\n" for layer in layers))
+    with pytest.raises(InputError, match=r"stats.csv: layer .* -- (whole numbers|from 0)"):
+        loadstats_layers(path)
 
 
 def test_deepseek_loadstats_come_out(moeplan_data: Path) -> None:

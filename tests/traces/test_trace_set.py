@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basis.errors import InputError
-from traces.routing_trace import RoutingTrace, TraceWarning, TraceWriter, write_trace
+from traces.routing_trace import (
+    RoutingTrace,
+    TooLargeError,
+    TraceWarning,
+    TraceWriter,
+    write_trace,
+)
 from traces.trace_set import TraceSet, chunks_of, open_traces
 
 Make = Callable[..., RoutingTrace]
@@ -172,8 +178,13 @@ def test_what_is_refused(make_trace: Make, tmp_path: Path) -> None:
     first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write_trace(make_trace(), first)
     write_trace(make_trace(experts=9), second)
-    with pytest.raises(InputError, match=r"a\.parquet: named 2 times"):
-        open_traces([first, first])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "link.parquet").symlink_to(first)
+    for again in (first, tmp_path / "sub" / ".." / "a.parquet", tmp_path / "sub" / "link.parquet"):
+        with pytest.raises(InputError, match=rf"{again.name}: named twice, before as .*a\.parquet"):
+            open_traces([first, again])
+    with pytest.raises(InputError, match="sub: a folder beside files"):
+        open_traces([first, tmp_path / "sub"])
     with pytest.raises(InputError, match=r"b\.parquet: random, 9 exp.* has random, 8 exp"):
         open_traces(tmp_path)
     second.write_bytes(second.read_bytes()[:-20])
@@ -188,11 +199,28 @@ def test_a_mixed_file_that_does_not_fit(
     traces = open_traces(tmp_path)
 
     def too_large(path: Path, **columns: bool) -> RoutingTrace:
-        raise InputError(f"{path}: 9 rows take 9.0 GiB in memory")
+        raise TooLargeError(f"{path}: 9 rows take 9.0 GiB in memory")
 
     monkeypatch.setattr("traces.trace_set.read_trace", too_large)
     with pytest.raises(InputError, match=r"9\.0 GiB in memory; its requests are mixed"):
         next(traces.chunks())
+
+
+def test_other_faults_of_a_mixed_file_are_told_alone(make_trace: Make, tmp_path: Path) -> None:
+    trace = make_trace()
+    write_unchecked(trace.select(np.r_[0:20, 3]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"1 rows repeat a position .* one id\?$"):
+        next(open_traces(tmp_path).chunks())
+
+
+def test_ids_that_are_impossible(make_trace: Make, tmp_path: Path) -> None:
+    write_trace(make_trace(), tmp_path / "a.parquet")
+    table = pq.read_table(tmp_path / "a.parquet")
+    ids = pa.array(np.full(20, -2, np.int32))
+    field = table.schema.field("request_id")
+    pq.write_table(table.set_column(0, field, ids), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"no row has a request \(20 rows, all ids below 0\)"):
+        open_traces(tmp_path)
 
 
 @pytest.mark.parametrize("row_group", [500, 80_000])

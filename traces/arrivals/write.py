@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from basis.errors import InputError
+from basis.files import check_target, refuse_same, replacing
 from traces.arrivals.read import find_format, read_arrivals
 from traces.arrivals.requests import MOONCAKE_BLOCK, Arrivals, PrefixBlocks
 
@@ -62,15 +63,16 @@ def convert_workload(source: Path, target: Path, format: str | None = None) -> C
         If the source is bad or has no times, or the target is no .jsonl or the source itself.
     """
     source, target = Path(source), Path(target)
+    name = format or find_format(source)
     if target.suffix != ".jsonl":
         raise InputError(f"{target}: workloads are written as Mooncake JSONL -- end it in .jsonl")
-    if source.resolve() == target.resolve():
-        raise InputError(f"{target}: source and target are the same file -- name another target")
-    arrivals = read_arrivals(source, format)
+    check_target(target)
+    refuse_same([target], [source])
+    arrivals = read_arrivals(source, name)
     write_mooncake(arrivals, target)
     size = MOONCAKE_BLOCK if arrivals.blocks is None else arrivals.blocks.size
     return ConvertedWorkload(
-        format=format or find_format(source),
+        format=name,
         requests=len(arrivals),
         left_out=arrivals.left_out,
         block_size=size,
@@ -93,34 +95,26 @@ def write_mooncake(arrivals: Arrivals, path: Path) -> None:
     Raises
     ------
     InputError
-        If the folder does not exist, or a time is too large for whole milliseconds.
+        If it cannot be written there, or a time is too large for whole milliseconds.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder -- make it first")
     times = _milliseconds(arrivals)
     blocks = arrivals.blocks or PrefixBlocks.unshared(arrivals.inputs)
     stops = np.cumsum(blocks.counts).tolist()
     more = {} if blocks.size == MOONCAKE_BLOCK else {"block_size": blocks.size}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            start = 0
-            for time, inputs, outputs, stop in zip(
-                times.tolist(), arrivals.inputs.tolist(), arrivals.outputs.tolist(), stops,
-                strict=True,
-            ):  # fmt: skip
-                line = {
-                    "timestamp": time,
-                    "input_length": inputs,
-                    "output_length": outputs,
-                    "hash_ids": blocks.ids[start:stop].tolist(),
-                }
-                out.write(json.dumps(line | more) + "\n")
-                start = stop
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as file, file.open("w", encoding="utf-8") as out:
+        start = 0
+        for time, inputs, outputs, stop in zip(
+            times.tolist(), arrivals.inputs.tolist(), arrivals.outputs.tolist(), stops,
+            strict=True,
+        ):  # fmt: skip
+            line = {
+                "timestamp": time,
+                "input_length": inputs,
+                "output_length": outputs,
+                "hash_ids": blocks.ids[start:stop].tolist(),
+            }
+            out.write(json.dumps(line | more) + "\n")
+            start = stop
 
 
 def _milliseconds(arrivals: Arrivals) -> Ints:

@@ -120,7 +120,7 @@ def read_npz(path: Path, names: set[str], most: int = MOST_BYTES) -> dict[str, A
             if declared > most:
                 raise InputError(
                     f"{path}: declares {declared} bytes -- at most {most} -- is it what was "
-                    "recorded? save one file per request"
+                    "recorded? save it in several files"
                 )
             for name, member in wanted.items():
                 found[name] = _member(archive, member, path)
@@ -149,7 +149,7 @@ def _checked_header(
         ) from None
     if dtype.hasobject:
         raise InputError(
-            f"{where}: holds pickled objects, which are not read -- save a plain array of integers"
+            f"{where}: holds pickled objects, which are not read -- save a plain array of numbers"
         )
     start = stream.tell()
     declared = math.prod(shape) * dtype.itemsize

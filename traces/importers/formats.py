@@ -107,7 +107,7 @@ def detect(source: Path, formats: Sequence[Format] = FORMATS) -> Format:
     if len(found) == 1:
         return found[0]
     said = "several formats" if found else "no format"
-    names = ", ".join(each.name for each in (found or formats))
+    names = ", ".join(each.name for each in found or formats if "(refused" not in each.title)
     raise InputError(
         f"{source}: {said} recognise{'' if found else 's'} it -- name one with --format: {names}"
     )

@@ -31,6 +31,7 @@ _MOST_BYTES = 2**28
 _MOST_EXPERTS = 65534
 _MOST_LAYERS = 4096
 _JSON = re.compile(rb'\s*\{\s*"(layer_)?\d+"\s*:\s*\{\s*"(expert_)?\d+"\s*:\s*[\d.]+\s*[,}]')
+_MOST_COUNT = 2**53
 _KEY = re.compile(r"(?:layer_|expert_)?(\d{1,6})")
 Triple = tuple[int, int, int]
 
@@ -139,14 +140,14 @@ def _triple(values: list[Any], where: str) -> Triple:
         count = float(values[2])
     except (TypeError, ValueError):
         count = -1
-    if None in keys or not 0 <= count <= 2**53 or count != int(count):
+    layer, expert = (int(key[1]) if key else -1 for key in keys)
+    whole = 0 <= layer < _MOST_LAYERS and 0 <= expert <= _MOST_EXPERTS and 0 <= count <= _MOST_COUNT
+    if not whole or count != int(count):
         raise InputError(
             f"{where}: layer {values[0]!r}, expert {values[1]!r}, count {values[2]!r} -- whole "
-            "numbers of at least 0"
+            f"numbers from 0, layers up to {_MOST_LAYERS - 1} and experts up to {_MOST_EXPERTS} "
+            "(no model has as many), counts up to 2^53"
         )
-    layer, expert = (int(key[1]) for key in keys if key)
-    if layer >= _MOST_LAYERS or expert > _MOST_EXPERTS:
-        raise InputError(f"{where}: layer {layer}, expert {expert} -- no model has as many")
     return layer, expert, int(count)
 
 

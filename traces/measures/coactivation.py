@@ -14,7 +14,6 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from scipy.special import gammaln, xlogy
 
-from basis.errors import InputError
 from traces.measures.base import About, Floats, Ints, plain, spread
 from traces.routing_trace import RoutingTrace
 
@@ -73,6 +72,8 @@ class CoActivation:
     """Of each layer, by deviation; of pairs with at least 5 tokens expected."""
     clusters: tuple[Clusters, ...]
     """Of each layer; none where a token has a single expert."""
+    skipped: str = ""
+    """Why there are no layers, where that is so."""
 
     @property
     def lift(self) -> Floats:
@@ -114,6 +115,7 @@ class CoActivation:
             "modularity": spread(np.array([c.modularity for c in self.clusters]), ids)
             if self.clusters else None,
             "clusters": plain(dict(zip(ids, self.clusters, strict=False))),
+            "skipped": self.skipped,
         }  # fmt: skip
 
 
@@ -123,24 +125,22 @@ class CoActivations:
     Parameters
     ----------
     about : About
-
-    Raises
-    ------
-    InputError
-        If the counts would take more than a GiB.
+        Nothing is counted where the counts would take more than `MAX_BYTES`.
     """
 
     def __init__(self, about: About) -> None:
         meta = about.meta
         layers, experts = meta.num_layers, meta.num_experts
         size = 8 * layers * experts**2
+        self._skipped = ""
         if size > MAX_BYTES:
-            raise InputError(
-                f"pairs of {experts} experts in {layers} layers take {size / 2**30:.1f} GiB -- at "
-                f"most {MAX_BYTES / 2**30:.0f} GiB; leave co-activation out"
+            self._skipped = (
+                f"pairs of {experts} experts in {layers} layers take {size / 2**30:.1f} GiB, at "
+                f"most {MAX_BYTES / 2**30:.0f} GiB"
             )
         self._meta, self._tokens = meta, 0
-        self._pairs = np.zeros((layers, experts, experts), np.int64)
+        self._ids = () if self._skipped else meta.moe_layer_ids
+        self._pairs = np.zeros((len(self._ids), experts, experts), np.int64)
 
     def add(self, chunk: RoutingTrace) -> None:
         """Count the pairs of each token."""
@@ -148,7 +148,7 @@ class CoActivations:
         top_k = chunk.meta.top_k
         first, second = np.triu_indices(top_k, 1)
         self._tokens += chunk.num_tokens
-        if not len(first):
+        if not len(first) or self._skipped:
             return
         rows = max(_CHUNK_CELLS // (layers * len(first)), 1)
         flat = self._pairs.reshape(-1)
@@ -166,16 +166,17 @@ class CoActivations:
     def result(self) -> CoActivation:
         """Return pairs, expectation and clusters."""
         pairs = self._pairs + self._pairs.swapaxes(1, 2)
-        expected = np.array([expected_pairs(of_layer) for of_layer in pairs])
+        expected = np.array([expected_pairs(of_layer) for of_layer in pairs]).reshape(pairs.shape)
         both = list(zip(pairs, expected, strict=True))
         known = self._meta.top_k > 1 and self._meta.num_experts > 2
         return CoActivation(
             tokens=self._tokens,
-            moe_layer_ids=self._meta.moe_layer_ids,
+            moe_layer_ids=self._ids,
             pairs=pairs,
             expected=expected,
             strongest=tuple(_strongest(*layer) for layer in both),
             clusters=tuple(clusters(*layer) for layer in both) if known else (),
+            skipped=self._skipped,
         )
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traces.counts import expert_counts
 from traces.measures.base import About, Floats, Ints, plain, spread
@@ -54,6 +55,8 @@ class SupportResult:
     consecutive: int
     """Tokens whose predecessor in the request is in the trace."""
     decode_tokens: int
+    decode_requests: NDArray[np.bool_]
+    """``[R]`` whether the request has tokens of the decode phase."""
     domains: tuple[str, ...]
     """That have tokens."""
     standard_error: Floats
@@ -76,7 +79,7 @@ class SupportResult:
         """Return plain JSON values."""
         ids = self.moe_layer_ids
         figures = ("relative_standard_error", "max_over_mean_standard_error", "effective_tokens")
-        return plain(self, (*figures, "standard_error", "moe_layer_ids")) | {
+        return plain(self, (*figures, "standard_error", "moe_layer_ids", "decode_requests")) | {
             name: spread(getattr(self, name), ids) for name in figures
         }
 
@@ -101,6 +104,7 @@ class Support:
         self.products: Ints = np.zeros(cells, np.int64)
         """``[L, E]`` sum of n_re n_r."""
         self.decode_tokens = 0
+        self.decode_requests = np.zeros(about.num_requests, np.bool_)
         self.consecutive = 0
         self.domain_tokens: Ints = np.zeros(len(about.domains), np.int64)
         self._open: tuple[int, Ints] | None = None  # a request that may go on: number, counts
@@ -114,6 +118,7 @@ class Support:
         self.consecutive += int((np.diff(place, prepend=self._last) == 1).sum())
         self._last = int(place[-1])
         self.decode_tokens += int(chunk.decode.sum())
+        self.decode_requests[request[chunk.decode]] = True
         self.domain_tokens += np.bincount(chunk.domain, minlength=len(self.domain_tokens))
         edges = [0, *(np.flatnonzero(np.diff(request)) + 1).tolist(), len(request)]
         for start, stop in pairwise(edges):
@@ -143,6 +148,7 @@ class Support:
         self.squares += other.squares
         self.products += other.products
         self.decode_tokens += other.decode_tokens
+        self.decode_requests |= other.decode_requests
         self.consecutive += other.consecutive
         self.domain_tokens += other.domain_tokens
 
@@ -165,6 +171,7 @@ class Support:
             requests=requests,
             consecutive=self.consecutive,
             decode_tokens=self.decode_tokens,
+            decode_requests=self.decode_requests,
             domains=tuple(
                 name
                 for name, count in zip(self._about.domains, self.domain_tokens, strict=True)

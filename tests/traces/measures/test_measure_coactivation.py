@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basis.errors import InputError
 from traces.measures.base import About, measure
 from traces.measures.coactivation import CoActivation, CoActivations, clusters, expected_pairs
 from traces.routing_trace import RoutingTrace, TraceMeta
@@ -157,11 +156,16 @@ def test_a_single_expert_has_no_pairs(make_trace: Make) -> None:
     assert found.to_dict()["modularity"] is None
 
 
-def test_too_many_experts_are_refused() -> None:
-    meta = TraceMeta(model="m", num_experts=2000, top_k=2, moe_layer_ids=tuple(range(60)))
-    about = About(meta=meta, domains=(), num_tokens=1, lengths=np.array([1]))
-    with pytest.raises(InputError, match=r"2000 experts in 60 layers take 1.8 GiB -- at most 1"):
-        CoActivations(about)
+def test_too_many_experts_are_left_out_and_said(make_trace: Make) -> None:
+    trace = make_trace(layers=2, experts=9000)
+    counted = CoActivations(About.of(trace))
+    measure(trace, [counted])
+    counted.merge(CoActivations(About.of(trace)))
+    found = counted.result()
+    assert found.skipped == "pairs of 9000 experts in 2 layers take 1.2 GiB, at most 1 GiB"
+    assert (found.pairs.size, found.departure.size, found.departure_by_chance.size) == (0, 0, 0)
+    assert (found.moe_layer_ids, found.clusters) == ((), ())
+    assert found.to_dict()["departure"]["mean"] is None
 
 
 def test_gpt_oss_has_co_activation(moeplan_data: Path) -> None:

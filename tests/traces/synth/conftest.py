@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from traces.meta import TraceMeta
+from traces.synth_kinds import ONE_KIND, Kinds, stationary
 from traces.synth_model import Process, SynthFit
 
 PARTS = (("request", 1.0, 0.15), ("slow", 0.95, 0.2), ("quick", 0.5, 0.2), ("token", 0.0, 0.45))
@@ -23,6 +24,7 @@ def make_fit() -> Callable[..., SynthFit]:
         spread: float = 0.5,
         prompt_share: float = 0.0,
         seed: int = 0,
+        kinds: int = 1,
     ) -> SynthFit:
         rng = np.random.default_rng(seed)
         cells = layers * experts
@@ -42,10 +44,22 @@ def make_fit() -> Callable[..., SynthFit]:
                 moe_layer_ids=tuple(range(layers)), synthetic=True,
                 note="synthetic: made for tests",
             ),
-            means=spread * rng.standard_normal(cells),
+            kinds=make_kinds(kinds, rng),
+            means=spread * rng.standard_normal((kinds, cells)),
             processes=tuple(processes),
             lengths=np.array([20.0, 40.0, 80.0]),
             prompt_share=prompt_share,
         )  # fmt: skip
 
     return make
+
+
+def make_kinds(count: int, rng: np.random.Generator) -> Kinds:
+    """Return kinds with random transitions, which requests prefer in different ways."""
+    if count == 1:
+        return ONE_KIND
+    transitions = rng.dirichlet(np.ones(count), count)
+    return Kinds(
+        share=stationary(transitions[None])[0], transitions=transitions,
+        loadings=0.5 * rng.standard_normal((count, 2)), own=np.full(count, 0.1),
+    )  # fmt: skip

@@ -32,7 +32,8 @@ def test_drawn_traces_are_valid(
     prompt: float,
 ) -> None:  # fmt: skip
     top_k = data.draw(st.integers(1, experts))
-    fit = make_fit(layers=layers, experts=experts, top_k=top_k, prompt_share=prompt)
+    kinds = data.draw(st.integers(1, 4))
+    fit = make_fit(layers=layers, experts=experts, top_k=top_k, prompt_share=prompt, kinds=kinds)
     trace = draw_trace(fit, np.array(lengths), seed=seed)
     assert np.bincount(trace.request_id).tolist() == lengths
     for request, length in enumerate(lengths):
@@ -49,7 +50,7 @@ def test_drawn_traces_are_valid(
 
 
 def test_the_trace_depends_on_the_seed_alone(make_fit: Make, tmp_path: Path) -> None:
-    fit = make_fit(layers=2, experts=8)
+    fit = make_fit(layers=2, experts=8, kinds=5)
     lengths = np.array([5, 40, 1, 17])
     whole = draw_trace(fit, lengths, seed=3)
     for rows in (1, 10, 1000):
@@ -70,7 +71,7 @@ def test_the_trace_depends_on_the_seed_alone(make_fit: Make, tmp_path: Path) -> 
 
 def only(fit: SynthFit, decay: float) -> SynthFit:
     """Give all the variance to one process, every cell for itself."""
-    cells = len(fit.means)
+    cells = fit.means.shape[1]
     process = Process(
         name="only", decay=decay, loadings=np.zeros((cells, 1), np.float32),
         own=np.ones(cells, np.float32),
@@ -79,7 +80,7 @@ def only(fit: SynthFit, decay: float) -> SynthFit:
 
 
 def test_two_experts_follow_the_normal_distribution(make_fit: Make) -> None:
-    fit = replace(only(make_fit(layers=2, experts=2), 0.0), means=np.array([0.5, -0.3, 0.0, 1.0]))
+    fit = replace(only(make_fit(layers=2, experts=2), 0.0), means=np.array([[0.5, -0.3, 0.0, 1.0]]))
     trace = draw_trace(fit, np.array([100_000]), seed=0)
     share = (trace.experts[:, :, 0] == 0).mean(axis=0)
     expected = norm.cdf(np.array([0.8, -1.0]) / np.sqrt(2))
@@ -88,7 +89,7 @@ def test_two_experts_follow_the_normal_distribution(make_fit: Make) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.6, 0.97, 1.0])
 def test_a_process_forgets_at_its_rate(make_fit: Make, decay: float) -> None:
-    fit = replace(only(make_fit(layers=1, experts=2), decay), means=np.zeros(2))
+    fit = replace(only(make_fit(layers=1, experts=2), decay), means=np.zeros((1, 2)))
     requests, length, lag = 4000, 12, 5
     trace = draw_trace(fit, np.full(requests, length), seed=1)
     first = (trace.experts[:, 0, 0] == 0).reshape(requests, length)
@@ -102,7 +103,7 @@ def test_long_requests_go_on_where_a_piece_ends(
     make_fit: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("traces.synth_draw._PIECE_CELLS", 3 * 2)  # three tokens at a time
-    fit = replace(only(make_fit(layers=1, experts=2), 0.97), means=np.zeros(2))
+    fit = replace(only(make_fit(layers=1, experts=2), 0.97), means=np.zeros((1, 2)))
     first = draw_trace(fit, np.full(3000, 6), seed=1).experts[:, 0, 0].reshape(3000, 6)
     same = (first[:, 2] == first[:, 3]).mean()  # across the border
     assert same == pytest.approx(0.5 + np.arcsin(0.97) / np.pi, abs=5 * 0.5 / 3000**0.5)
@@ -114,7 +115,7 @@ def test_common_factors_bring_cells_together(make_fit: Make) -> None:
     fit = make_fit(layers=2, experts=2)
     loadings = np.array([[0.8], [0], [0.8], [0]], np.float32)
     process = Process(name="x", decay=0.0, loadings=loadings, own=1 - loadings[:, 0] ** 2)
-    fit = replace(fit, processes=(process,), means=np.zeros(4))
+    fit = replace(fit, processes=(process,), means=np.zeros((1, 4)))
     trace = draw_trace(fit, np.array([100_000]), seed=0)
     zero = trace.experts[:, :, 0] == 0
     # differences of the two experts' scores: variance 2, covariance of the layers 0.64
@@ -126,7 +127,8 @@ def test_common_factors_bring_cells_together(make_fit: Make) -> None:
 def test_independent_tokens_have_the_loads_of_long_traces(make_fit: Make) -> None:
     fit = make_fit(layers=1, experts=6)
     rng = np.random.default_rng(0)
-    one = np.bincount(Sampler(fit).independent(12_000, rng).reshape(-1), minlength=6) / 12_000
+    kinds = np.zeros(12_000, np.int64)
+    one = np.bincount(Sampler(fit).independent(kinds, rng).reshape(-1), minlength=6) / 12_000
     many = draw_trace(fit, np.ones(12_000, int), seed=0).experts
     other = np.bincount(many.reshape(-1), minlength=6) / 12_000
     assert one == pytest.approx(other, abs=6 * np.sqrt(2 * 0.25 / 12_000))
@@ -135,7 +137,7 @@ def test_independent_tokens_have_the_loads_of_long_traces(make_fit: Make) -> Non
 def test_cells_without_load_are_never_used(make_fit: Make) -> None:
     fit = make_fit(layers=1, experts=6, top_k=2)
     means = fit.means.copy()
-    means[[1, 4]] = NEVER
+    means[:, [1, 4]] = NEVER
     used = np.unique(draw_trace(replace(fit, means=means), np.array([2000]), seed=0).experts)
     assert used.tolist() == [0, 2, 3, 5]
 

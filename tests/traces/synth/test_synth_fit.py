@@ -31,9 +31,9 @@ def pair_shares(trace: RoutingTrace) -> np.ndarray:
 @pytest.fixture(scope="module")
 def drawn_and_fitted(make_fit: Make) -> tuple[RoutingTrace, ...]:
     truth = make_fit(layers=3, experts=8, top_k=2, spread=1.0)
-    lengths = np.full(300, 100)
-    seen = draw_trace(truth, lengths, seed=11)
-    return seen, draw_trace(truth, lengths, seed=12), draw_trace(fit_trace(seen), lengths, seed=13)
+    seen = draw_trace(truth, np.full(300, 100), seed=11)
+    many = np.full(900, 100)  # what is compared is to scatter less than what is fitted
+    return seen, draw_trace(truth, many, seed=12), draw_trace(fit_trace(seen), many, seed=13)
 
 
 def test_a_fit_brings_the_statistics_back(
@@ -118,6 +118,7 @@ def test_loads_with_a_lender(make_fit: Make) -> None:
     ("shares", "top_k", "message"),
     [
         (np.array([[0.6, 0.4]]), 2, "largest share 0.600"),
+        (np.array([[0.6, 0.4]]), 0, "top_k 0 -- at least 1"),
         (np.array([[0.6, 0.3]]), 1, "each row sums to 1"),
         (np.array([0.5, 0.5]), 1, "each row sums to 1"),
         (np.array([[np.nan, 0.5]]), 1, "each row sums to 1"),

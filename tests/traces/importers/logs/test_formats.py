@@ -123,6 +123,14 @@ def test_what_nobody_knows_is_refused(
     assert not (tmp_path / "a.parquet").exists()
 
 
+def test_what_is_only_refused_is_not_offered(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"hello, world\n")
+    with pytest.raises(InputError) as raised:
+        detect(tmp_path / "source")
+    offered = str(raised.value).partition("--format: ")[2].split(", ")
+    assert {each.name for each in FORMATS} - {*offered} == {"imatrix-dat", "counts-pickle"}
+
+
 @pytest.mark.parametrize(("name", "content"), [
     ("counts.pkl", b"\x80\x04\x95\x10\x00"),
     ("imatrix.dat", b"\x02\x00\x00\x00\x17\x00\x00\x00blk.0.ffn_down.weight\x00\x00"),
