@@ -126,7 +126,7 @@ def fit_loads(
 
 def _apart(like: SynthFit) -> float:
     """Return the standard deviation over kinds of an average cell's mean score."""
-    means = np.maximum(like.means, _RARELY)
+    means = np.maximum(like.means[: len(like.kinds.share)], _RARELY)  # without first tokens
     off = means - like.kinds.share @ means
     return float(np.sqrt((like.kinds.share @ np.square(off)).mean()))
 

@@ -25,6 +25,7 @@ def make_fit() -> Callable[..., SynthFit]:
         prompt_share: float = 0.0,
         seed: int = 0,
         kinds: int = 1,
+        first: int = 0,
     ) -> SynthFit:
         rng = np.random.default_rng(seed)
         cells = layers * experts
@@ -45,7 +46,7 @@ def make_fit() -> Callable[..., SynthFit]:
                 note="synthetic: made for tests",
             ),
             kinds=make_kinds(kinds, rng),
-            means=spread * rng.standard_normal((kinds, cells)),
+            means=spread * rng.standard_normal((kinds + first, cells)),
             processes=tuple(processes),
             lengths=np.array([20.0, 40.0, 80.0]),
             prompt_share=prompt_share,

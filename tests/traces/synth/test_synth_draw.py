@@ -33,7 +33,10 @@ def test_drawn_traces_are_valid(
 ) -> None:  # fmt: skip
     top_k = data.draw(st.integers(1, experts))
     kinds = data.draw(st.integers(1, 4))
-    fit = make_fit(layers=layers, experts=experts, top_k=top_k, prompt_share=prompt, kinds=kinds)
+    first = data.draw(st.integers(0, 5))
+    fit = make_fit(
+        layers=layers, experts=experts, top_k=top_k, prompt_share=prompt, kinds=kinds, first=first
+    )
     trace = draw_trace(fit, np.array(lengths), seed=seed)
     assert np.bincount(trace.request_id).tolist() == lengths
     for request, length in enumerate(lengths):
@@ -132,6 +135,17 @@ def test_independent_tokens_have_the_loads_of_long_traces(make_fit: Make) -> Non
     many = draw_trace(fit, np.ones(12_000, int), seed=0).experts
     other = np.bincount(many.reshape(-1), minlength=6) / 12_000
     assert one == pytest.approx(other, abs=6 * np.sqrt(2 * 0.25 / 12_000))
+
+
+def test_requests_keep_topics_that_are_spread_evenly(make_fit: Make) -> None:
+    """Of 16 even requests, each of 16 equal shares of a normal is met once."""
+    fit = replace(only(make_fit(layers=1, experts=2), 1.0), means=np.array([[0.0, 0.3]]))
+    sampler = Sampler(fit)
+    own = np.stack([sampler._topics(request, 5)[1] for request in range(64)])
+    for part in (own[:32:2], own[1:32:2], own[32::2]):
+        strata = np.sort(np.floor(norm.cdf(part) * 16), axis=0)
+        assert np.array_equal(strata, np.tile(np.arange(16)[:, None], 2))
+    assert len(np.unique(own)) == own.size
 
 
 def test_cells_without_load_are_never_used(make_fit: Make) -> None:

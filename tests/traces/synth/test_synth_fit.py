@@ -57,6 +57,25 @@ def test_a_fit_brings_the_statistics_back(
     assert apart < 3 * by_chance  # no structure at all would be 8.6 times
 
 
+def test_first_tokens_come_back(make_fit: Make) -> None:
+    truth = make_fit(layers=2, experts=16, top_k=2, first=16, spread=1.5)
+    lengths = np.full(150, 90)
+    seen = draw_trace(truth, lengths, seed=1)
+    fit = fit_trace(seen)
+    assert len(fit.means) == len(fit.kinds.share) + 16
+    again = draw_trace(fit, lengths, seed=2)
+    for place in (0, 7, 15, 16):
+        one, other = (
+            expert_counts(t.experts[t.position == place], 16) / 150 for t in (seen, again)
+        )
+        assert np.abs(one - other).mean() < 0.04
+    body = expert_counts(seen.experts[seen.position > 15], 16) / (150 * 74)
+    assert np.abs(expert_counts(seen.experts[seen.position == 7], 16) / 150 - body).mean() > 0.08
+    few = draw_trace(truth, np.full(40, 90), seed=1)  # too few to tell
+    fit = fit_trace(few)
+    assert len(fit.means) == len(fit.kinds.share)
+
+
 def test_a_fit_depends_on_its_seed_alone(make_fit: Make) -> None:
     trace = draw_trace(make_fit(layers=1, experts=4), np.full(40, 70), seed=0)
     first, second = fit_trace(trace, seed=5), fit_trace(trace, seed=5)
@@ -100,12 +119,16 @@ def test_loads_alone() -> None:
 
 
 def test_loads_with_a_lender(make_fit: Make) -> None:
-    lender = make_fit(layers=2, experts=6, prompt_share=0.25)
+    lender = make_fit(layers=2, experts=6, prompt_share=0.25, kinds=3, first=2)
     shares = np.full((3, 20), 1 / 20)
     fit = fit_loads(
         shares, top_k=2, model="m", moe_layer_ids=(0, 1, 2), known_from="x", like=lender
     )
     assert fit.prompt_share == 0.25
+    assert fit.means.shape == (3, 60)  # kinds, but no first tokens
+    assert fit.means.std(axis=0).mean() > 0.1
+    loads = expert_counts(draw_trace(fit, np.full(400, 50), seed=0).experts, 20) / (20_000 * 2)
+    assert loads == pytest.approx(shares, abs=0.012)
     assert np.array_equal(fit.lengths, lender.lengths)
     assert "made for tests" in fit.meta.note
     for ours, theirs in zip(fit.processes, lender.processes, strict=True):

@@ -13,7 +13,7 @@ from traces.synth_model import Process, SynthFit, load_fit, save_fit
 
 
 def test_a_file_gives_the_generator_back(make_fit: Callable[..., SynthFit], tmp_path: Path) -> None:
-    fit = make_fit(layers=2, experts=6, kinds=3)
+    fit = make_fit(layers=2, experts=6, kinds=3, first=2)
     save_fit(fit, tmp_path / "fit.npz")
     back = load_fit(tmp_path / "fit.npz")
     assert back.meta == fit.meta
