@@ -29,7 +29,7 @@ from traces.synth_model import SynthFit
 Floats = NDArray[np.float64]
 SEEDS = range(8)
 STEPS, COMPOSED = 200, 8
-"""Decode steps, from so many compositions of the batch: one alone scatters by 1 to 2 %."""
+"""Decode steps, from so many compositions of the batch: the figure of one alone depends on it."""
 FITTED, IMPLIED, FREE = "fitted", "follows from fitted ones", "not fitted"
 LIMIT = 0.03
 

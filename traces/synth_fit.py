@@ -37,13 +37,13 @@ CELLS_OF_KIND = 16
 RANK = 24
 """Common factors, at most; of 24 to 64 tried on the same."""
 QUICK = 0.5
-"""Decay of the quick process; of 0.4 to 0.6 tried on the same."""
+"""Decay of the quick process; of 0.4 to 0.6 tried on the same, with one kind."""
 _REUSE_LAGS = (1, 16)  # at the second one the quick process has faded
 _LEAST_REUSE = 0.01
 _MOST_GAIN = 2.5  # in a round
 _EAGER = (3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0, 1.5, 1.0, 1.0)
 """Exponents of the rounds' gains: first above 1, for a part of the reuse is the kinds' and does not
-grow; then falling, for each round's trace scatters. Chosen on the same."""
+grow; then falling, for each round's trace scatters."""
 _SLOW = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99)
 _SWEEPS = 4  # of principal factors
 _MOST = 0.95  # of a cell's variance in factors, of the rest in what outlasts a token
